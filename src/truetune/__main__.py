@@ -1,0 +1,3 @@
+from truetune.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""A row of data -> a packed batch. Imports nothing else of truetune."""

@@ -1,0 +1,1 @@
+"""A checkpoint -> a trainable model with documents kept apart."""

@@ -1,0 +1,1 @@
+"""Loss -> step -> checkpoint: TRL's trainer with our head, attention, batches and parameter groups."""
