@@ -1,0 +1,127 @@
+"""Documents or padded rows -> one padding-free batch.
+
+T: tokens of the batch, D: documents, K: supervised positions, B: rows, S: padded row length.
+
+A packed batch is a plain dict, so that any model takes it as keyword arguments:
+
+    input_ids       int64 [1, T]     documents back to back
+    labels          int64 [1, T]     aligned with input_ids, -100 where not supervised; a document's first is -100
+    position_ids    int64 [1, T]     restarting in each document
+    cu_seq_lens_q/k int32 [D + 1]    where documents begin; the only place where boundaries are read from
+    max_length_q/k  int              the longest document
+    loss_rows       int64 [K]        positions whose next token is supervised: the rows that meet the LM head
+
+`loss_rows` is made here, on the CPU, so that no kernel has to ask the device how many there are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+IGNORE_INDEX = -100
+_PADDED_KEYS = {"input_ids", "labels", "attention_mask", "position_ids"}
+
+
+def collate_documents(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Packs documents of `{"input_ids", "labels"}` (lists or 1-D tensors) into one batch.
+
+    No documents at all give one document of two unsupervised tokens: a rank that has run out of data takes part in the
+    step and adds nothing to it.
+    """
+    ids = [torch.as_tensor(document["input_ids"], dtype=torch.int64) for document in documents]
+    labels = [torch.as_tensor(document["labels"], dtype=torch.int64) for document in documents]
+    if not ids:
+        ids, labels = [torch.zeros(2, dtype=torch.int64)], [torch.full((2,), IGNORE_INDEX)]
+    lengths_D = torch.tensor([len(document) for document in ids])
+    positions = [torch.arange(length) for length in lengths_D.tolist()]
+    return _packed(torch.cat(ids), torch.cat(labels), torch.cat(positions), lengths_D)
+
+
+def loss_rows(labels: torch.Tensor) -> torch.Tensor:
+    """The flat positions of `labels` (int64 [B, S], unshifted) whose next token in the row is supervised: int64 [K]."""
+    next_BS = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return (next_BS.flatten() != IGNORE_INDEX).nonzero().flatten()
+
+
+def why_padded(batch: Mapping[str, Any]) -> str | None:
+    """Why a batch must reach the model as its collator made it, or None: it is packed, or can be unpadded."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return "the collator gives no [B, S] input_ids"
+    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        return "the collator gives no labels of the shape of input_ids"
+    if "cu_seq_lens_q" in batch:
+        return None
+    unknown = [key for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in _PADDED_KEYS]
+    if unknown:
+        return f"the batch also holds {', '.join(sorted(unknown))}"
+    positions = batch.get("position_ids")
+    if positions is not None and positions.shape != ids.shape:
+        return f"position_ids have the shape {list(positions.shape)}, not [B, S]"
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return "position_ids come without cu_seq_lens or attention_mask" if positions is not None else None
+    if mask.shape != ids.shape:
+        return f"attention_mask has the shape {list(mask.shape)}, not [B, S]"
+    # A gap would change the distances that a sliding window counts.
+    edges = torch.nn.functional.pad((mask != 0).int(), (1, 1)).diff(dim=1)
+    if ((mask != 0) != (mask == 1)).any() or ((edges == 1).sum(1) > 1).any():
+        return "attention_mask is not one run of ones a row"
+    if ((labels != IGNORE_INDEX) & (mask == 0)).any():
+        return "labels stand on padding"
+    return None
+
+
+def unpad(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns a padded batch into a packed one; a packed one gets its `loss_rows`; any other comes back as it was.
+
+    Given `position_ids` are kept. Where there are none, a token keeps the column it had, which is the position the
+    model would have given it, left-padded rows included. The first token of a row is never a target: behind
+    left-padding the padded loss would have predicted it from a padding token.
+    """
+    if why_padded(batch) is not None:
+        return dict(batch)
+    if "cu_seq_lens_q" in batch:
+        return {**batch, "loss_rows": loss_rows(batch["labels"])}
+    ids_BS, labels_BS = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask")
+    keep_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else mask.bool()
+    if not keep_BS.any():
+        return dict(batch)
+    positions_BS = batch.get("position_ids")
+    if positions_BS is None:
+        positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    lengths_D = keep_BS.sum(1)
+    packed = _packed(ids_BS[keep_BS], labels_BS[keep_BS], positions_BS[keep_BS], lengths_D[lengths_D > 0])
+    return {**{key: value for key, value in batch.items() if key not in _PADDED_KEYS}, **packed}
+
+
+class UnpaddingCollator:
+    """`unpad` behind another collator. It holds no state, so that data loader workers can have copies."""
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        return unpad(self.collate(features))
+
+
+def _packed(
+    ids_T: torch.Tensor, labels_T: torch.Tensor, positions_T: torch.Tensor, lengths_D: torch.Tensor
+) -> dict[str, Any]:
+    cu_seq_lens = torch.nn.functional.pad(lengths_D.cumsum(0), (1, 0)).to(torch.int32)
+    labels_T = labels_T.clone()
+    labels_T[cu_seq_lens[:-1].long()] = IGNORE_INDEX
+    labels_1T = labels_T[None]
+    longest = int(lengths_D.max())
+    return {
+        "input_ids": ids_T[None],
+        "labels": labels_1T,
+        "position_ids": positions_T[None],
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "loss_rows": loss_rows(labels_1T),
+    }

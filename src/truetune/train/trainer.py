@@ -1,0 +1,262 @@
+"""TRL's `SFTTrainer` with our attention, head, batches and parameter groups.
+
+What is different from TRL happens at its public joints: the attention interface, a forward bound to the model instance,
+a wrapper round the data collator when a data loader is built, `compute_loss` and `create_optimizer`. Labels,
+truncation, packs and order are the installed TRL's.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from rich.console import Console
+
+from truetune.data.collate import UnpaddingCollator, why_padded
+from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
+from truetune.models.attention import ATTENTION_NAME, use_varlen_attention, why_not_packable
+from truetune.models.head import bind_fused_loss
+from truetune.train.config import own_setting
+from truetune.train.errors import TrainError
+from truetune.train.metrics import DeviceMetrics
+from truetune.train.optim import set_learning_rates
+from truetune.train.report import TrainReport
+
+logger = logging.getLogger(__name__)
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """`trl.SFTTrainer` with the same arguments, losses, metrics and files, and a `report` of what is in effect.
+
+    Raises `TrainError` where something set explicitly cannot be had.
+    """
+
+    @functools.wraps(trl.SFTTrainer.__init__)
+    def __init__(self, model, args=None, *positional, **keywords) -> None:
+        self.report = TrainReport()
+        self._device_metrics = {"train": DeviceMetrics(), "eval": DeviceMetrics()}
+        self._ours = False  # until the end of this method: TRL's own code may run first
+        trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
+        super().__init__(model, args, *positional, **keywords)
+        self.report.stock = _why_stock_trl(self)
+        if self.report.stock:
+            self.report.add("trainer", "truetune", "stock TRL", "; ".join(self.report.stock))
+            self._refuse_own_settings()
+            return
+        self._ours = True
+        self._unpadding_off = _why_not_unpad(self)
+        self._set_attention()
+        self._set_adapters(trained_before)
+        bind_fused_loss(_base_model(self.model))
+        self.report.add("loss", self.args.loss_type, "fused linear cross-entropy", self._why_full_logits() or "")
+        self._report_batches()
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def _refuse_own_settings(self) -> None:
+        asked = [name for name in ("embedding_learning_rate", "loraplus_lr_ratio") if own_setting(self.args, name)]
+        if asked and "stock_trl" not in own_setting(self.args, "allow"):
+            raise TrainError(
+                f"{' and '.join(asked)} cannot be had, because this run is stock TRL ({'; '.join(self.report.stock)}): "
+                "remove one of them, or accept it with allow=['stock_trl']."
+            )
+
+    def _set_attention(self) -> None:
+        base = _base_model(self.model)
+        asked = (self.args.model_init_kwargs or {}).get("attn_implementation")
+        had = base.config._attn_implementation
+        if asked is not None:
+            self.report.add("attention", asked, had, "named in model_init_kwargs")
+            return
+        if reason := why_not_packable(base):
+            self.report.add("attention", "variable-length", had, reason)
+            self._unpadding_off = self._unpadding_off or reason
+            packs = self.args.packing or self.args.padding_free
+            if packs and "unpackable_model" not in own_setting(self.args, "allow"):
+                raise TrainError(
+                    f"packing and padding_free need documents kept apart, but {reason.rstrip('.')}: "
+                    "set packing=False, or accept it with allow=['unpackable_model']."
+                )
+            return
+        attention = use_varlen_attention(base)
+        replaced = [] if had == ATTENTION_NAME else [f"in place of {had}"]
+        self.report.add("attention", "variable-length", attention.in_effect, "; ".join(replaced + attention.reasons))
+
+    def _set_adapters(self, trained_before: dict[str, torch.Tensor]) -> None:
+        if not isinstance(self.model, PeftModel):
+            return
+        quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False)
+        widened = adapters_in_fp32(self.model, trained_before) if quantized else 0
+        adapters = cast_adapters_to_activations(self.model)
+        left = f", {len(adapters.left)} left to PEFT" if adapters.left else ""
+        why = f"{widened} tensors kept in fp32 that TRL casts to bf16" if widened else ""
+        self.report.add("adapter", "PEFT", f"{adapters.replaced} LoRA linears cast to the activation's dtype{left}", why)
+
+    def _why_full_logits(self) -> str | None:
+        if self.compute_loss_func is not None:
+            return "compute_loss_func takes the full logits: stock TRL computes the loss"
+        return None
+
+    def _report_batches(self) -> None:
+        args = self.args
+        if args.packing:
+            in_effect, why = f"packed by TRL, {args.packing_strategy}", ""
+            if args.packing_strategy == "wrapped":
+                why = "documents of one row see each other: wrapped packing keeps no boundaries"
+        elif args.padding_free:
+            in_effect, why = "padding-free", ""
+        elif self._unpadding_off:
+            in_effect, why = "padded", self._unpadding_off
+        else:
+            in_effect, why = "unpadded on their way in", ""
+        asked = "packing" if args.packing else "padding_free" if args.padding_free else "padded"
+        self.report.add("batches", asked, in_effect, why)
+
+    def train(self, *args, **kwargs):
+        self._print(self.report.parts_table())
+        return super().train(*args, **kwargs)
+
+    def _print(self, table) -> None:
+        if self.is_world_process_zero():
+            Console(stderr=True).print(table)
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _unpadding(self, wanted: bool) -> Iterator[None]:
+        """The current collator wrapped while a data loader is built; the attribute stays the user's."""
+        collator = self.data_collator
+        if wanted and self._ours and self._unpadding_off is None:
+            self.data_collator = UnpaddingCollator(collator)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_train_dataloader(self):
+        with self._unpadding(wanted=True):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # Metrics computed from logits get them in the shape of the user's own batches.
+        with self._unpadding(wanted=self.compute_metrics is None or self.args.prediction_loss_only):
+            return super().get_eval_dataloader(eval_dataset)
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._ours or return_outputs or self.compute_loss_func is not None:
+            inputs.pop("loss_rows", None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        self._count_batch(inputs)
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
+        outputs = model(
+            **inputs,
+            fused_loss=True,
+            num_items=num_items_in_batch,
+            label_smoothing=smoothing,
+            loss_type=self.args.loss_type,
+        )
+        loss = outputs.loss
+        # The count is over all ranks, and DDP averages gradients over them.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            # A mean over a micro-batch: averaged over the micro-batches of the step, where the loss is not.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+        self._keep_metrics(mode, inputs, outputs.stats)
+        self.report.fused_losses += 1
+        return loss
+
+    def _keep_metrics(self, mode: str, inputs: dict[str, Any], stats: torch.Tensor) -> None:
+        if "attention_mask" in inputs:
+            num_tokens = inputs["attention_mask"].sum().float()
+        else:
+            num_tokens = stats.new_tensor(inputs["input_ids"].numel())
+        sums = torch.cat([stats, num_tokens[None].to(stats.device)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+        self._device_metrics[mode].add(sums[:4], sums[4])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        means, num_tokens, _ = self._device_metrics[mode].pop()
+        for name, values in means.items():
+            self._metrics[mode][name].extend(values)
+        if means:
+            if mode == "train":
+                self._total_train_tokens += num_tokens
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
+    def _count_batch(self, inputs: dict[str, Any]) -> None:
+        if "cu_seq_lens_q" in inputs:
+            self.report.packed_batches += 1
+            return
+        self.report.padded_batches += 1
+        if len(self.report.padded_because) == 0 or self._unpadding_off is None:
+            reason = self._unpadding_off or why_padded(inputs) or "the batch holds no token"
+            if reason not in self.report.padded_because:
+                logger.warning("A batch stays padded: %s.", reason.rstrip("."))
+            self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
+
+    # -- optimizer -----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args, **kwargs):
+        given = self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self._ours:
+            return optimizer
+        rates = {name: own_setting(self.args, name) for name in ("embedding_learning_rate", "loraplus_lr_ratio")}
+        if given is not None and any(rate is not None for rate in rates.values()):
+            raise TrainError(
+                "embedding_learning_rate and loraplus_lr_ratio need the trainer to make the optimizer: "
+                "give the optimizer's own parameter groups, or no optimizer."
+            )
+        self.report.groups = set_learning_rates(optimizer, self.model, **rates)
+        self._print(self.report.groups_table())
+        return optimizer
+
+
+def _base_model(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _trained_tensors(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _why_stock_trl(trainer: trl.SFTTrainer) -> list[str]:
+    """What this run asked for that changes models, forwards or ranks in ways of its own; each runs stock TRL."""
+    args, accelerator = trainer.args, trainer.accelerator
+    parallelism = accelerator.parallelism_config
+    sizes = ("cp_size", "sp_size", "tp_size")
+    split = [name for name in sizes if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1]
+    kernels = getattr(_base_model(trainer.model), "use_kernels", False)
+    reasons = {
+        "torch_compile": args.torch_compile,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        f"parallelism ({', '.join(split)})": bool(split),
+        "use_liger_kernel": args.use_liger_kernel,
+        "use_kernels": kernels,
+    }
+    return [name for name, asked in reasons.items() if asked]
+
+
+def _why_not_unpad(trainer: trl.SFTTrainer) -> str | None:
+    if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
+        return "prompt learning puts virtual tokens before each row"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func takes logits in the shape of its own batches"
+    return None
