@@ -18,14 +18,19 @@ class DeviceMetrics:
         self._stats.append(stats)
         self._tokens.append(num_tokens)
 
-    def pop(self) -> tuple[dict[str, list[float]], int, dict[str, float]]:
-        """(per micro-batch means under TRL's names, tokens seen, sums over all micro-batches); empties itself."""
+    def peek(self) -> dict[str, float]:
+        """Sums over the micro-batches so far: supervised tokens and their negative log-likelihood."""
         if not self._stats:
-            return {}, 0, {}
-        stats = torch.stack(self._stats).double().cpu()
+            return {}
+        supervised, nll, _, _ = torch.stack(self._stats).double().sum(0).tolist()
+        return {"supervised": supervised, "nll": nll}
+
+    def pop(self) -> tuple[dict[str, list[float]], int]:
+        """(per micro-batch means under TRL's names, tokens seen); empties itself."""
+        if not self._stats:
+            return {}, 0
+        supervised, _, entropy, top1 = torch.stack(self._stats).double().cpu().unbind(1)
         tokens = int(torch.stack(self._tokens).sum())
         self._stats, self._tokens = [], []
-        supervised, nll, entropy, top1 = stats.unbind(1)
         share = torch.where(supervised > 0, 1 / supervised.clamp(min=1), 0.0)
-        means = {"entropy": (entropy * share).tolist(), "mean_token_accuracy": (top1 * share).tolist()}
-        return means, tokens, {"supervised": float(supervised.sum()), "nll": float(nll.sum())}
+        return {"entropy": (entropy * share).tolist(), "mean_token_accuracy": (top1 * share).tolist()}, tokens

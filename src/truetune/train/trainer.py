@@ -190,7 +190,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        means, num_tokens, _ = self._device_metrics[mode].pop()
+        means, num_tokens = self._device_metrics[mode].pop()
         for name, values in means.items():
             self._metrics[mode][name].extend(values)
         if means:

@@ -1,0 +1,120 @@
+"""The trainer behind the command line: whole documents in, packs of our own making."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from truetune.data.collate import collate_documents
+from truetune.data.packing import PackSampler
+from truetune.train.trainer import SFTTrainer
+
+
+class RecipeTrainer(SFTTrainer):
+    """`SFTTrainer` for data sets of documents (`input_ids` and `labels`, none longer than `args.max_length`).
+
+    `per_device_train_batch_size` counts packs of at most `args.max_length` tokens, or documents with `pack=False`. Which
+    documents share a pack is a pure function of lengths, seed and epoch. The evaluation loss is the mean over all
+    supervised tokens, not over batches.
+    """
+
+    def __init__(self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, **keywords) -> None:
+        self._pack = pack
+        args.packing = args.padding_free = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=_collate,
+            **keywords,
+        )
+
+    def _report_batches(self) -> None:
+        how = f"packed, best-fit decreasing over the whole data set, {self.args.max_length} tokens"
+        self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
+
+    def get_train_dataloader(self) -> DataLoader:
+        sampler = self._packs(self.train_dataset, seed=self.args.data_seed or self.args.seed)
+        return self._loader(self.train_dataset, sampler, self._train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        return self._loader(dataset, self._packs(dataset, seed=0), self.args.eval_batch_size)
+
+    def _packs(self, documents: datasets.Dataset, seed: int) -> Sampler[list[int]]:
+        return PackSampler(document_lengths(documents), self.args.max_length if self._pack else 0, seed=seed)
+
+    def _loader(self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int) -> DataLoader:
+        sampler = _EvenPacks(packs, multiple=batch_size * self.accelerator.num_processes)
+        loader: DataLoader = DataLoader(
+            PackedDocuments(documents, len(sampler)),
+            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+            collate_fn=_collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = self._device_metrics["eval"].peek()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if sums.get("supervised"):
+            output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["supervised"]
+        return output
+
+
+class PackedDocuments(Dataset):
+    """`dataset[pack]` are the documents of a pack (a list of document indexes)."""
+
+    def __init__(self, documents: datasets.Dataset, num_packs: int) -> None:
+        self.documents = documents.select_columns(["input_ids", "labels"]).with_format("numpy")
+        self.num_packs = num_packs
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def __getitem__(self, pack: Sequence[int]) -> list[dict[str, Any]]:
+        if not pack:
+            return []
+        rows = self.documents[list(pack)]
+        return [{"input_ids": i, "labels": l} for i, l in zip(rows["input_ids"], rows["labels"], strict=True)]
+
+
+class _EvenPacks(Sampler[list[int]]):
+    """`packs`, and empty ones at the end so that every rank gets as many full batches: none repeats a document."""
+
+    def __init__(self, packs: Sampler[list[int]], multiple: int) -> None:
+        self.packs, self.multiple = packs, multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.packs) // self.multiple) * self.multiple  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.packs
+        for _ in range(len(self) - len(self.packs)):  # type: ignore[arg-type]
+            yield []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.packs.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
+def document_lengths(documents: datasets.Dataset) -> np.ndarray:
+    """Tokens of each document, int64 [D], read from the Arrow offsets without loading the tokens."""
+    import pyarrow.compute as pc
+
+    table = documents.with_format("arrow").select_columns(["input_ids"])[:]
+    return pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+
+
+def _collate(packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    return collate_documents([document for pack in packs for document in pack])

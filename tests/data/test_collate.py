@@ -1,0 +1,120 @@
+import pickle
+
+import pytest
+import torch
+
+from truetune.data.collate import UnpaddingCollator, collate_documents, loss_rows, unpad, why_padded
+
+
+def padded(lengths, side="right", seed=0, width=None):
+    """A batch as a padding collator makes it: random ids, every real token supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    width = width or max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        columns = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, columns] = torch.randint(1, 100, (length,), generator=generator)
+        mask[row, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
+
+
+def test_documents_are_laid_back_to_back_and_their_first_token_is_no_target():
+    batch = collate_documents(
+        [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
+    assert batch["loss_rows"].tolist() == [1, 3]
+    assert batch["loss_rows"].dtype == torch.int64
+
+
+def test_no_documents_give_a_batch_that_adds_nothing():
+    batch = collate_documents([])
+    assert batch["input_ids"].shape == (1, 2)
+    assert batch["loss_rows"].numel() == 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_unpadding_keeps_tokens_in_order_and_the_positions_the_model_would_have_used(side):
+    lengths = [3, 5, 1]
+    batch = padded(lengths, side)
+    out = unpad(batch)
+    assert "attention_mask" not in out
+    assert out["input_ids"][0].tolist() == batch["input_ids"][batch["attention_mask"].bool()].tolist()
+    assert out["cu_seq_lens_q"].tolist() == [0, 3, 8, 9]
+    start = [0, 0, 0] if side == "right" else [2, 0, 4]
+    assert out["position_ids"][0].tolist() == [s + i for s, n in zip(start, lengths, strict=True) for i in range(n)]
+
+
+def test_unpadding_keeps_the_number_of_targets():
+    batch = padded([4, 7, 2, 1])
+    batch["labels"][1, 2] = -100
+    out = unpad(batch)
+    targets = batch["labels"][:, 1:]
+    assert out["loss_rows"].numel() == int((targets != -100).sum())
+    assert int((out["labels"][..., 1:] != -100).sum()) == int((targets != -100).sum())
+    assert out["labels"][0, out["loss_rows"] + 1].tolist() == targets[targets != -100].tolist()
+
+
+def test_given_positions_are_kept():
+    batch = padded([3, 2])
+    batch["position_ids"] = torch.tensor([[7, 8, 9], [4, 5, 0]])
+    assert unpad(batch)["position_ids"].tolist() == [[7, 8, 9, 4, 5]]
+
+
+def test_empty_rows_make_no_document():
+    assert unpad(padded([3, 0, 2], width=4))["cu_seq_lens_q"].tolist() == [0, 3, 5]
+
+
+def test_a_packed_batch_only_gains_its_loss_rows():
+    packed = collate_documents([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    rows = packed.pop("loss_rows")
+    out = unpad(packed)
+    assert out.pop("loss_rows").tolist() == rows.tolist()
+    assert out.keys() == packed.keys() and all(out[key] is packed[key] for key in packed)
+
+
+def with_(**changes):
+    return {**padded([3, 2]), **changes}
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (with_(pixel_values=torch.zeros(2, 3, 4, 4)), "pixel_values"),
+        (with_(token_type_ids=torch.zeros(2, 3)), "token_type_ids"),
+        (with_(weights=torch.zeros(2, 3)), "weights"),
+        (with_(position_ids=torch.zeros(3, 2, 3)), "position_ids"),
+        (with_(attention_mask=torch.zeros(2, 1, 3, 3)), "attention_mask"),
+        (with_(attention_mask=torch.tensor([[1, 0, 1], [1, 1, 0]])), "one run of ones"),
+        (with_(attention_mask=torch.tensor([[1, 1, 2], [1, 1, 0]])), "one run of ones"),
+        (with_(labels=torch.ones(2, 3, dtype=torch.int64)), "labels stand on padding"),
+        (with_(labels=torch.ones(2, 2, dtype=torch.int64)), "labels"),
+        ({"inputs_embeds": torch.zeros(2, 3, 8)}, "input_ids"),
+        ({**with_(position_ids=torch.zeros(2, 3)), "attention_mask": None}, "without cu_seq_lens"),
+    ],
+)
+def test_what_unpadding_would_change_passes_through(batch, reason):
+    assert reason in why_padded(batch)
+    out = unpad(batch)
+    assert out.keys() == batch.keys() and all(out[key] is batch[key] for key in batch)
+
+
+def test_other_entries_go_along_and_the_collator_travels_to_workers():
+    collator = pickle.loads(pickle.dumps(UnpaddingCollator(add_source)))
+    out = collator([3, 2])
+    assert type(out) is dict and out["source"] == "chats" and "cu_seq_lens_q" in out
+
+
+def add_source(lengths):
+    return {**padded(lengths), "source": "chats"}
+
+
+def test_loss_rows_never_reach_into_the_next_row():
+    labels = torch.tensor([[-100, 1, -100], [2, 3, 4]])
+    assert loss_rows(labels).tolist() == [0, 3, 4]
