@@ -89,7 +89,9 @@ def test_an_embedding_rate_without_trained_embeddings_is_an_error():
 def test_lora_on_the_embedding_is_not_a_trained_embedding():
     model = get_peft_model(llama(False), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
     assert embedding_parameters(model) == []
-    assert any(p is model.get_base_model().model.embed_tokens.lora_embedding_B["default"] for p in lora_b_parameters(model))
+    assert any(
+        p is model.get_base_model().model.embed_tokens.lora_embedding_B["default"] for p in lora_b_parameters(model)
+    )
 
 
 def test_loraplus_multiplies_the_rate_of_b_matrices():

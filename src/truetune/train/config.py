@@ -13,7 +13,8 @@ class SFTConfig(trl.SFTConfig):
     embedding_learning_rate: learning rate of input embeddings and LM head where they are trained (full fine-tuning,
         `modules_to_save`, `trainable_token_indices`); None: the learning rate of all others. Usually a fifth to a tenth
         of it beside LoRA.
-    loraplus_lr_ratio: learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv:2402.12354); None: 1.
+    loraplus_lr_ratio: learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv:2402.12354);
+        None: 1.
     allow: names of differences between what was asked and what is in effect that are accepted; each error that can be
         allowed gives its name.
     """

@@ -5,7 +5,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from truetune.data.collate import collate_documents
@@ -16,9 +15,9 @@ from truetune.train.trainer import SFTTrainer
 class RecipeTrainer(SFTTrainer):
     """`SFTTrainer` for data sets of documents (`input_ids` and `labels`, none longer than `args.max_length`).
 
-    `per_device_train_batch_size` counts packs of at most `args.max_length` tokens, or documents with `pack=False`. Which
-    documents share a pack is a pure function of lengths, seed and epoch. The evaluation loss is the mean over all
-    supervised tokens, not over batches.
+    `per_device_train_batch_size` counts packs of at most `args.max_length` tokens, or documents with `pack=False`.
+    Which documents share a pack is a pure function of lengths, seed and epoch. The evaluation loss is the mean over
+    all supervised tokens, not over batches.
     """
 
     def __init__(self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, **keywords) -> None:
@@ -87,7 +86,8 @@ class PackedDocuments(Dataset):
         if not pack:
             return []
         rows = self.documents[list(pack)]
-        return [{"input_ids": i, "labels": l} for i, l in zip(rows["input_ids"], rows["labels"], strict=True)]
+        documents = zip(rows["input_ids"], rows["labels"], strict=True)
+        return [{"input_ids": input_ids, "labels": labels} for input_ids, labels in documents]
 
 
 class _EvenPacks(Sampler[list[int]]):

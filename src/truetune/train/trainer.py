@@ -94,7 +94,9 @@ class SFTTrainer(trl.SFTTrainer):
         adapters = cast_adapters_to_activations(self.model)
         left = f", {len(adapters.left)} left to PEFT" if adapters.left else ""
         why = f"{widened} tensors kept in fp32 that TRL casts to bf16" if widened else ""
-        self.report.add("adapter", "PEFT", f"{adapters.replaced} LoRA linears cast to the activation's dtype{left}", why)
+        self.report.add(
+            "adapter", "PEFT", f"{adapters.replaced} LoRA linears cast to the activation's dtype{left}", why
+        )
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:
