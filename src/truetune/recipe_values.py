@@ -183,7 +183,7 @@ def _convert_literal(value: Any, choices: tuple) -> Any:
             name = str(choice)
             # PEFT writes a family of words as one: "pissa_niter_[number of iters]".
             if value == name or value.lower() == name.lower() or ("[" in name and value.startswith(name.split("[")[0])):
-                return value if isinstance(choice, str) and "[" in name else choice
+                return str(value) if "[" in name else choice
     raise WrongTypeError(describe(Literal[choices]) + did_you_mean(str(value), map(str, choices)))
 
 
