@@ -15,7 +15,7 @@ _PUBLIC = {
     "unpatch_trl": "truetune.train.patch",
     "load_model": "truetune.models.load",
     "linear_cross_entropy": "truetune.ops.linear_cross_entropy",
-    "linear_log_probs": "truetune.ops.linear_cross_entropy",
+    "linear_log_probs": "truetune.ops.linear_log_probs",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -23,7 +23,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from truetune.models.load import load_model as load_model
     from truetune.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from truetune.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
+    from truetune.ops.linear_log_probs import linear_log_probs as linear_log_probs
     from truetune.train.config import SFTConfig as SFTConfig
     from truetune.train.patch import patch_trl as patch_trl
     from truetune.train.patch import unpatch_trl as unpatch_trl

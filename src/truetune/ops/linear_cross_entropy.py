@@ -1,11 +1,11 @@
 """The LM head and its loss in one operation that never holds the full logits.
 
-The kept rows go through the head in chunks of about 4,096: one GEMM makes a chunk's logits, one kernel turns them into their
-gradient in place, and one or two more GEMMs turn that into the gradients of the hidden states and of the head. All of it
-happens in the forward pass, so nothing is recomputed; the backward pass only scales.
+The kept rows go through the head in chunks of about 4,096: one GEMM makes a chunk's logits, one kernel turns them into
+their gradient in place, and one or two more GEMMs turn that into the gradients of the hidden states and of the head.
+All of it happens in the forward pass, so nothing is recomputed; the backward pass only scales.
 
-Letters of tensor shapes: N positions (the flattened leading dimensions), K kept rows, C rows of one chunk, H hidden size,
-V vocabulary.
+Letters of tensor shapes: N positions (the flattened leading dimensions), K kept rows, C rows of one chunk, H hidden
+size, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -15,99 +15,61 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton for this platform: everything runs in plain PyTorch
-    triton = None
+from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.scale_rows import scale_rows
 
-FORCE_KERNELS = False  # tests set it, to run the kernels on a CPU in Triton's interpreter
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
 
 if triton is not None:
-    _LOW = tl.constexpr(-1.0e30)  # stands for minus infinity where the difference of two of them must not be NaN
+    _LOG2_E = tl.constexpr(1.4426950408889634)
+    _LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: the difference of two of them is 0, not NaN
 
     @triton.jit
     def _tanh(x):
-        """tanh in fp32 to about one unit in the last place: Cephes' polynomial for small |x|, exponentials elsewhere."""
+        """To about one unit in the last place: Cephes' polynomial for small |x|, exponentials elsewhere."""
         square = x * x
         small = -5.70498872745e-3 * square + 2.06390887954e-2
         small = small * square - 5.37397155531e-2
         small = small * square + 1.33314422036e-1
         small = small * square - 3.33332819422e-1
         small = small * square * x + x
-        decay = tl.exp(-2.0 * tl.abs(x))
+        decay = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
         large = (1.0 - decay) / (1.0 + decay)
         return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large))
 
     @triton.jit
-    def _final_logits(raw, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-        """What the GEMM gave, with bias, scale and softcap, in fp32."""
-        z = raw.to(tl.float32)
+    def _load_logits(
+        row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    ):  # fmt: skip
+        """The final logits; with neither bias nor softcap still to be scaled, which then costs nothing an element."""
+        z = tl.load(row_ptr + cols, mask=cols < stride, other=float("-inf")).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-        z *= logit_scale
+        if HAS_BIAS or HAS_SOFTCAP:
+            z *= logit_scale
         if HAS_SOFTCAP:
-            z = softcap * _tanh(z / softcap)
+            z = tl.where(cols < V, softcap * _tanh(z / softcap), float("-inf"))
         return z
-
-    @triton.jit
-    def _load_tile(
-        row_ptr, cols, bias_ptr, V, logit_scale, softcap,
-        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    ):  # fmt: skip
-        if MASKED:
-            raw = tl.load(row_ptr + cols, mask=cols < V, other=0.0)
-        else:
-            raw = tl.load(row_ptr + cols)
-        z = _final_logits(raw, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        if MASKED:
-            z = tl.where(cols < V, z, _LOW)
-        return z
-
-    @triton.jit
-    def _online(z, cols, start, V, top, total, weighted, plain, first, STATS: tl.constexpr, SMOOTHING: tl.constexpr):
-        """Adds a tile to each lane's running maximum and sums: no lane waits for another inside the loop."""
-        new_top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
-        shift = top - new_top
-        u = z - new_top[None, :, None]
-        e = tl.exp(u)
-        decay = tl.exp(shift)
-        if STATS:
-            # sum of exp(u) * u, from which the entropy is made; an exp of 0 must not meet a u of minus infinity
-            tile_weighted = tl.sum(tl.sum(e * tl.maximum(u, _LOW), 2), 0)
-            weighted = (weighted + total * shift) * decay + tile_weighted
-            first = tl.where(new_top > top, start, first)
-        total = total * decay + tl.sum(tl.sum(e, 2), 0)
-        if SMOOTHING:
-            plain += tl.sum(tl.sum(tl.where(cols < V, z, 0.0), 2), 0)
-        return new_top, total, weighted, plain, first
 
     @triton.jit
     def _cross_entropy_kernel(
-        logits_ptr,  # [C, V], row stride `stride`; becomes its own gradient if WRITE_GRAD
+        logits_ptr,  # [C, V] with row stride `stride`, the columns between V and it -inf; becomes its own gradient
         targets_ptr,  # [C] int64
         bias_ptr,  # [V]
         row_weights_ptr,  # [C] fp32
         loss_ptr, nll_ptr, entropy_ptr, top1_ptr,  # [C]
         stride, V, logit_scale, softcap, smoothing, grad_scale,
-        HAS_BIAS: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        HAS_ROW_WEIGHTS: tl.constexpr,
-        SMOOTHING: tl.constexpr,
-        DFT: tl.constexpr,
-        STATS: tl.constexpr,
-        WRITE_GRAD: tl.constexpr,
-        GROUPS: tl.constexpr,
-        LANES: tl.constexpr,
-        VECTOR: tl.constexpr,
+        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, SMOOTHING: tl.constexpr,
+        DFT: tl.constexpr, STATS: tl.constexpr, WRITE_GRAD: tl.constexpr,
+        GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One program a row, two passes over it. A tile is GROUPS x LANES x VECTOR logits: VECTOR of them are one 16-byte
-        load of one thread, LANES are the threads, GROUPS are loads in flight; reductions over GROUPS and VECTOR stay
-        inside a thread."""
+        """One program a row, two passes over it.
+
+        A tile is GROUPS x LANES x VECTOR logits: VECTOR of them are one 16-byte load of one thread, LANES are the
+        threads, GROUPS the loads a thread has in flight. Every lane keeps its own maximum and sums, so no thread waits
+        for another before the end of the first pass.
+        """
         TILE: tl.constexpr = GROUPS * LANES * VECTOR
         row = tl.program_id(0)
         row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -116,117 +78,99 @@ if triton is not None:
             + tl.arange(0, LANES)[None, :, None] * VECTOR
             + tl.arange(0, VECTOR)[None, None, :]
         )
-        V_full = V // TILE * TILE  # tiles without a mask; what is left is one masked tile
+        unit = 1.0 if HAS_BIAS or HAS_SOFTCAP else logit_scale  # of the loaded logits
+        unit_log2 = unit * _LOG2_E
 
-        top = tl.full([LANES], _LOW, tl.float32)
-        total = tl.zeros([LANES], tl.float32)
-        weighted = tl.zeros([LANES], tl.float32)
-        plain = tl.zeros([LANES], tl.float32)
-        first = tl.zeros([LANES], tl.int32)  # start of the tile in which the lane met its maximum first
-        for start in tl.range(0, V_full, TILE):
+        top = tl.full([LANES], _LOWEST, tl.float32)
+        total = tl.zeros([LANES], tl.float32)  # of exp(u), u = (z - top) * unit
+        weighted = tl.zeros([LANES], tl.float32)  # of exp(u) * (z - top)
+        plain = tl.zeros([LANES], tl.float32)  # of z
+        first = tl.zeros([LANES], tl.int32)  # start of the tile where the lane met its maximum first
+        for start in tl.range(0, stride, TILE, num_stages=STAGES):
             cols = start + offsets
-            z = _load_tile(row_ptr, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, False)
-            top, total, weighted, plain, first = _online(
-                z, cols, start, V, top, total, weighted, plain, first, STATS, SMOOTHING
-            )
-        if V_full < V:
-            cols = V_full + offsets
-            z = _load_tile(row_ptr, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
-            top, total, weighted, plain, first = _online(
-                z, cols, V_full, V, top, total, weighted, plain, first, STATS, SMOOTHING
-            )
+            z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            new_top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+            shift = top - new_top
+            below = z - new_top[None, :, None]
+            e = tl.exp2(below * unit_log2)
+            decay = tl.exp2(shift * unit_log2)
+            if STATS:
+                tile_weighted = tl.sum(tl.sum(e * tl.maximum(below, _LOWEST), 2), 0)  # 0, not NaN, for z of -inf
+                weighted = (weighted + total * shift) * decay + tile_weighted
+                first = tl.where(new_top > top, start, first)
+            if SMOOTHING:
+                plain += tl.sum(tl.sum(tl.where(cols < V, z, 0.0), 2), 0)
+            total = total * decay + tl.sum(tl.sum(e, 2), 0)
+            top = new_top
 
         row_top = tl.max(top, 0)
         shift = top - row_top
-        decay = tl.exp(shift)
+        decay = tl.exp2(shift * unit_log2)
         row_total = tl.sum(total * decay, 0)
         log_total = tl.log(row_total)
 
         target = tl.load(targets_ptr + row)
         is_label = (target >= 0) & (target < V)
-        target_raw = tl.load(row_ptr + target, mask=is_label, other=0.0)
-        z_target = _final_logits(target_raw, target, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z_target = _load_logits(
+            row_ptr, tl.where(is_label, target, 0), bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
         z_target = tl.where(is_label, z_target, float("nan"))  # a label outside the vocabulary must not pass unseen
-        nll = log_total - (z_target - row_top)
+        nll = log_total - (z_target - row_top) * unit
         loss = nll
         row_weight = grad_scale + 0.0
         if SMOOTHING:
-            loss = (1.0 - smoothing) * nll + smoothing * (log_total + row_top - tl.sum(plain, 0) / V)
+            mean_nll = log_total - (tl.sum(plain, 0) / V - row_top) * unit
+            loss = (1.0 - smoothing) * nll + smoothing * mean_nll
         if DFT:
-            target_prob = tl.exp(-nll)
-            loss = target_prob * nll
-            row_weight *= target_prob
+            loss = tl.exp(-nll) * nll
+            row_weight *= tl.exp(-nll)
         if HAS_ROW_WEIGHTS:
             row_weight *= tl.load(row_weights_ptr + row)
         tl.store(nll_ptr + row, nll)
         tl.store(loss_ptr + row, loss)
         if STATS:
             row_weighted = tl.sum((weighted + total * shift) * decay, 0)
-            tl.store(entropy_ptr + row, log_total - row_weighted / row_total)
-            # the first of equal maxima, as torch.argmax: it is in the first tile that any lane met the maximum in
+            tl.store(entropy_ptr + row, log_total - row_weighted * unit / row_total)
+            # The first of equal maxima, as torch.argmax: it is in the first tile where any lane met the maximum.
             cols = tl.min(tl.where(top == row_top, first, V), 0) + offsets
-            z = _load_tile(row_ptr, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
+            z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             tile_top = tl.max(tl.max(tl.max(z, 2), 0), 0)
             argmax = tl.min(tl.min(tl.min(tl.where(z == tile_top, cols, V), 2), 0), 0)
             tl.store(top1_ptr + row, argmax == target)
 
         if WRITE_GRAD:
-            tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
-            # backwards: what the first pass read last is still in the L2 cache
-            if V_full < V:
-                cols = V_full + offsets
-                z = _load_tile(row_ptr, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
-                grad = _gradient(
-                    z, cols, target, row_top, row_total, row_weight, V, softcap, smoothing, HAS_SOFTCAP, SMOOTHING
-                )
-                tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=cols < V)
-            for done in tl.range(0, V_full, TILE):
-                cols = V_full - TILE - done + offsets
-                z = _load_tile(row_ptr, cols, bias_ptr, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, False)
-                grad = _gradient(
-                    z, cols, target, row_top, row_total, row_weight, V, softcap, smoothing, HAS_SOFTCAP, SMOOTHING
-                )
-                tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty))
-
-    @triton.jit
-    def _gradient(
-        z, cols, target, row_top, row_total, row_weight, V, softcap, smoothing,
-        HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
-    ):  # fmt: skip
-        """Of the row's loss to (hidden @ weight.T + bias) * logit_scale, times the row's weight."""
-        grad = tl.exp(z - row_top) * (row_weight / row_total)
-        if SMOOTHING:
-            grad -= row_weight * smoothing / V
-            grad -= tl.where(cols == target, row_weight * (1.0 - smoothing), 0.0)
-        else:
-            grad -= tl.where(cols == target, row_weight, 0.0)
-        if HAS_SOFTCAP:
-            squashed = z / softcap
-            grad *= 1.0 - squashed * squashed
-        return grad
-
-    @triton.jit
-    def _scale_rows_kernel(
-        x_ptr, rows_ptr, scale_ptr, out_ptr, cols_in_row, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """out[rows[i]] = x[i] * scale, multiplied in fp32 and rounded once."""
-        row = tl.program_id(0).to(tl.int64)
-        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < cols_in_row
-        x = tl.load(x_ptr + row * cols_in_row + cols, mask=mask).to(tl.float32) * tl.load(scale_ptr)
-        if HAS_ROWS:
-            row = tl.load(rows_ptr + row)
-        tl.store(out_ptr + row * cols_in_row + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # every thread has read the target's logit
+            factor = row_weight / row_total
+            uniform = row_weight * smoothing / V
+            last = (stride - 1) // TILE * TILE
+            for done in tl.range(0, stride, TILE, num_stages=STAGES):
+                cols = last - done + offsets  # backwards: what was read last is still in the L2 cache
+                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                grad = tl.exp2((z - row_top) * unit_log2) * factor
+                if SMOOTHING:
+                    grad -= uniform
+                if HAS_SOFTCAP:
+                    grad *= 1.0 - (z / softcap) * (z / softcap)
+                tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=cols < stride)
+            tl.debug_barrier()  # the target's logit and the padding are written a second time
+            grad = tl.exp2((z_target - row_top) * unit_log2) * factor - row_weight
+            if SMOOTHING:
+                grad += row_weight * smoothing - uniform
+            if HAS_SOFTCAP:
+                grad *= 1.0 - (z_target / softcap) * (z_target / softcap)
+            tl.store(row_ptr + target, grad.to(logits_ptr.dtype.element_ty), mask=is_label)
+            padding = V + tl.arange(0, 64)
+            tl.store(row_ptr + padding, float("-inf"), mask=padding < stride)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-_NUM_WARPS, _GROUPS = 16, 2
+_NUM_WARPS, _GROUPS, _STAGES = 16, 2, 1  # of the cross-entropy kernel
 
 
 class _Loss(NamedTuple):
-    """How a logit from the GEMM becomes a loss."""
+    """How what the GEMM gives becomes a loss."""
 
     logit_scale: float
     softcap: float | None
@@ -234,101 +178,84 @@ class _Loss(NamedTuple):
     dft: bool
 
 
-def _use_kernels(tensor: Tensor) -> bool:
-    return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or FORCE_KERNELS)
+class _Rows(NamedTuple):
+    """What a chunk's rows bring (`targets`, `weights`), and where their results go (entropy and top-1 may be empty)."""
+
+    targets: Tensor
+    weights: Tensor | None
+    loss: Tensor
+    nll: Tensor
+    entropy: Tensor
+    is_top1: Tensor
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses, sums over chunks and scales."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:
-    """What logit gradients are stored multiplied by. They lie in [-1, 1], many below 1e-5, where fp16 has two digits left.
-    A power of two; products with the head's weights overflow only where those exceed 32."""
+    """What logit gradients are stored multiplied by. They lie in [-1, 1], many below 1e-5, where fp16 has two digits
+    left. A power of two; products with the head's weights overflow only where those exceed 32."""
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
-def _chunk_rows(num_rows: int, logits_bytes_per_row: int, kernels: bool) -> int:
+def _chunk_rows(num_rows: int, bytes_per_row: int, kernels: bool) -> int:
     """Rows a chunk: enough to feed the GEMM, few enough that a chunk's logits stay under a GiB, of even size.
 
     Plain PyTorch makes several fp32 copies of a chunk, so it gets a sixteenth of that.
     """
     budget = 2**30 if kernels else 2**26
-    most = max(128, min(4096, budget // logits_bytes_per_row // 128 * 128))
+    most = max(128, min(4096, budget // bytes_per_row // 128 * 128))
     chunks = max(1, -(-num_rows // most))
     return -(-num_rows // chunks // 128) * 128
 
 
-def _cross_entropy_chunk(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    bias_V: Tensor | None,
-    row_weights_C: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    loss: _Loss,
-    write_grad: bool,
-) -> None:
-    """Writes the rows' loss, nll, entropy and top-1 (the last two unless empty) into `outputs`, and, if asked, the gradient
-    of each row's loss (to the logits before the scale; times the row's weight) over the logits."""
-    loss_C, nll_C, entropy_C, top1_C = outputs
-    vocab = logits_CV.shape[1]
+def _cross_entropy_chunk(logits_CV: Tensor, bias_V: Tensor | None, rows: _Rows, loss: _Loss, write_grad: bool) -> None:
+    """Writes the rows' results; and, if asked, over the logits, each row's gradient to them as they were before
+    `logit_scale`, times the row's weight and `_gradient_scale`."""
     with torch.cuda.device_of(logits_CV):
         _cross_entropy_kernel[(len(logits_CV),)](
-            logits_CV, targets_C, bias_V, row_weights_C, loss_C, nll_C, entropy_C, top1_C, logits_CV.stride(0), vocab,
-            loss.logit_scale, loss.softcap or 0.0, loss.label_smoothing, _gradient_scale(logits_CV.dtype),
-            HAS_BIAS=bias_V is not None,
-            HAS_SOFTCAP=loss.softcap is not None,
-            HAS_ROW_WEIGHTS=row_weights_C is not None,
-            SMOOTHING=loss.label_smoothing > 0,
-            DFT=loss.dft,
-            STATS=entropy_C.numel() > 0,
-            WRITE_GRAD=write_grad,
-            GROUPS=_GROUPS,
-            LANES=32 * _NUM_WARPS,
-            VECTOR=16 // logits_CV.element_size(),
-            num_warps=_NUM_WARPS,
+            logits_CV, rows.targets, bias_V, rows.weights, rows.loss, rows.nll, rows.entropy, rows.is_top1,
+            logits_CV.stride(0), logits_CV.shape[1],
+            loss.logit_scale, loss.softcap or 1.0, loss.label_smoothing, _gradient_scale(logits_CV.dtype),
+            HAS_BIAS=bias_V is not None, HAS_SOFTCAP=loss.softcap is not None, HAS_ROW_WEIGHTS=rows.weights is not None,
+            SMOOTHING=loss.label_smoothing > 0, DFT=loss.dft, STATS=rows.entropy.numel() > 0, WRITE_GRAD=write_grad,
+            GROUPS=_GROUPS, LANES=32 * _NUM_WARPS, VECTOR=16 // logits_CV.element_size(), STAGES=_STAGES,
+            num_warps=_NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
 def _cross_entropy_chunk_torch(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    bias_V: Tensor | None,
-    row_weights_C: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    loss: _Loss,
-    write_grad: bool,
+    logits_CV: Tensor, bias_V: Tensor | None, rows: _Rows, loss: _Loss, write_grad: bool
 ) -> None:
     """`_cross_entropy_chunk` in plain PyTorch."""
-    loss_C, nll_C, entropy_C, top1_C = outputs
-    z_CV = _final_logits_torch(logits_CV, bias_V, loss.logit_scale, loss.softcap)
+    z_CV = _final_logits(logits_CV, bias_V, loss.logit_scale, loss.softcap)
     log_probs_CV = z_CV.log_softmax(-1)
     probs_CV = log_probs_CV.exp()
-    nll_C.copy_(-log_probs_CV.gather(1, targets_C[:, None]).squeeze(1))
-    target_probs_C = (-nll_C).exp()
-    row_loss_C = (1 - loss.label_smoothing) * nll_C - loss.label_smoothing * log_probs_CV.mean(-1)
-    loss_C.copy_(target_probs_C * row_loss_C if loss.dft else row_loss_C)
-    if entropy_C.numel():
-        entropy_C.copy_(torch.special.entr(probs_CV).sum(-1))
-        top1_C.copy_(z_CV.argmax(-1) == targets_C)
+    target_C1 = rows.targets[:, None]
+    nll_C = -log_probs_CV.gather(1, target_C1).squeeze(1)
+    weights_C = (-nll_C).exp() if loss.dft else torch.ones_like(nll_C)
+    mean_nll_C = -log_probs_CV.mean(-1)
+    rows.nll.copy_(nll_C)
+    rows.loss.copy_(weights_C * ((1 - loss.label_smoothing) * nll_C + loss.label_smoothing * mean_nll_C))
+    if rows.entropy.numel():
+        rows.entropy.copy_(torch.special.entr(probs_CV).sum(-1))
+        rows.is_top1.copy_(z_CV.argmax(-1) == rows.targets)
     if write_grad:
-        weights_C = torch.full_like(nll_C, _gradient_scale(logits_CV.dtype))
-        if loss.dft:
-            weights_C = weights_C * target_probs_C
-        if row_weights_C is not None:
-            weights_C = weights_C * row_weights_C
-        grad_CV = probs_CV - loss.label_smoothing / z_CV.shape[1]
-        on_target_C1 = torch.full_like(nll_C, loss.label_smoothing - 1)[:, None]
-        grad_CV.scatter_add_(1, targets_C[:, None], on_target_C1)
-        grad_CV *= weights_C[:, None]
+        if rows.weights is not None:
+            weights_C = weights_C * rows.weights
+        probs_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, loss.label_smoothing - 1, dtype=probs_CV.dtype))
+        probs_CV -= loss.label_smoothing / z_CV.shape[1]
+        probs_CV *= weights_C[:, None] * _gradient_scale(logits_CV.dtype)
         if loss.softcap is not None:
-            grad_CV *= 1 - (z_CV / loss.softcap) ** 2
-        logits_CV.copy_(grad_CV)
+            probs_CV *= 1 - (z_CV / loss.softcap) ** 2
+        logits_CV.copy_(probs_CV)
 
 
-def _final_logits_torch(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+def _final_logits(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
     """What the GEMM gave, with bias, scale and softcap, in fp32 or fp64."""
-    z = raw.to(_accumulation_dtype(raw.dtype))
+    z = raw.to(precise(raw.dtype))
     if bias is not None:
         z = z + bias
     z = z * logit_scale
@@ -336,266 +263,161 @@ def _final_logits_torch(raw: Tensor, bias: Tensor | None, logit_scale: float, so
 
 
 def _accumulate_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """out = beta * out + a @ b, the products summed in the dtype of `out`; beta 0 also overwrites NaN."""
+    """out = beta * out + a @ b, summed in the dtype of `out`; beta 0 overwrites whatever was there."""
     if a.dtype != out.dtype and out.is_cuda:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The ops
 
 
-def _outputs(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    rows_K: Tensor,
-    dtype: torch.dtype,
-    stats: bool,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, ...]:
-    """Uninitialized nll, entropy, top-1 and gradients of hidden rows, weight and bias; those not asked for are empty."""
+def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[Tensor, ...]:
+    """The kept rows' nll, entropy and top-1, then the gradients of hidden, weight and bias; empty if not asked for."""
     (K,), (V, H) = rows_K.shape, weight_VH.shape
-    precise = _accumulation_dtype(dtype)
-
-    def empty(asked: bool, *shape: int, dtype: torch.dtype) -> Tensor:
-        return hidden_NH.new_empty(shape if asked else (0,), dtype=dtype)
-
-    return (
-        empty(True, K, dtype=precise),
-        empty(stats, K, dtype=precise),
-        empty(stats, K, dtype=torch.bool),
-        empty(needs[0], K, H, dtype=dtype),
-        empty(needs[1], V, H, dtype=precise),
-        empty(needs[2], V, dtype=precise),
-    )
+    shapes = [(K,), (K,), (K,), (K, H), (V, H), (V,)]
+    asked = [True, stats, stats, *needs]
+    dtypes = [precise(dtype)] * 6
+    dtypes[2], dtypes[3] = torch.bool, dtype
+    return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
 
 
 @torch.library.custom_op("truetune::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy_op(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    labels_N: Tensor,
-    rows_K: Tensor,
-    row_weights_K: Tensor | None,
-    dtype: torch.dtype,
-    logit_scale: float,
-    softcap: float | None,
-    label_smoothing: float,
-    dft: bool,
-    stats: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the rows' losses, nll_K, entropy_K, is_top1_K, and the sum's gradients to hidden_NH[rows_K], weight and bias,
-    those still to be multiplied by `_gradient_factor`."""
+def linear_cross_entropy_op(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, rows_K: Tensor,
+    row_weights_K: Tensor | None, dtype: torch.dtype, logit_scale: float, softcap: float | None, label_smoothing: float,
+    dft: bool, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of the rows' losses, nll_K, entropy_K, is_top1_K, and the sum's gradients to hidden_NH[rows_K], weight_VH
+    and bias_V, still to be multiplied by logit_scale / _gradient_scale(dtype)."""
     needs = (needs_hidden, needs_weight, needs_bias)
-    buffers = _outputs(hidden_NH, weight_VH, rows_K, dtype, stats, needs)
-    nll_K, entropy_K, top1_K, d_hidden_KH, d_weight_VH, d_bias_V = buffers
-    loss_K = torch.empty_like(nll_K)
+    results = _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs)
+    nll_K, entropy_K, is_top1_K, d_hidden_KH, d_weight_VH, d_bias_V = results
     loss = _Loss(logit_scale, softcap, label_smoothing, dft)
-    (K,), V = rows_K.shape, weight_VH.shape[0]
+    loss_K = torch.empty_like(nll_K)
     targets_K = labels_N[rows_K]
     weight_VH = weight_VH.to(dtype)
+    d_bias_V.zero_()
+    (K,), V = rows_K.shape, len(weight_VH)
     if K == 0:
         d_weight_VH.zero_()
-    d_bias_V.zero_()
 
-    # rows start at multiples of 64 elements, so that an odd vocabulary does not cost the GEMMs their aligned loads
-    kernels = _use_kernels(d_hidden_KH)
+    # Rows start at multiples of 64 elements: an odd vocabulary costs neither GEMMs nor kernel their wide loads.
     stride = -(-V // 64) * 64
-    chunk = min(_chunk_rows(K, stride * dtype.itemsize, kernels), max(K, 1))
-    logits_CV = hidden_NH.new_empty((chunk, stride), dtype=dtype)[:, :V]
+    kernels = use_kernels(d_hidden_KH)
+    chunk = max(1, min(K, _chunk_rows(K, stride * dtype.itemsize, kernels)))
+    padded_logits = hidden_NH.new_empty((chunk, stride), dtype=dtype)
+    padded_logits[:, V:] = -torch.inf
     cross_entropy = _cross_entropy_chunk if kernels else _cross_entropy_chunk_torch
     for start in range(0, K, chunk):
         part = slice(start, min(start + chunk, K))
         hidden_CH = hidden_NH[rows_K[part]].to(dtype)
-        logits = logits_CV[: len(hidden_CH)]
-        torch.mm(hidden_CH, weight_VH.T, out=logits)
+        logits_CV = padded_logits[: len(hidden_CH), :V]
+        torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
         row_weights = None if row_weights_K is None else row_weights_K[part]
-        outputs = (loss_K[part], nll_K[part], entropy_K[part], top1_K[part])
-        cross_entropy(logits, targets_K[part], bias_V, row_weights, outputs, loss, any(needs))
+        rows = _Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
+        cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
-            torch.mm(logits, weight_VH, out=d_hidden_KH[part])
+            torch.mm(logits_CV, weight_VH, out=d_hidden_KH[part])
         if needs_weight:
-            _accumulate_product(d_weight_VH, logits.T, hidden_CH, beta=int(start > 0))
+            _accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
-            d_bias_V += logits.sum(0, dtype=d_bias_V.dtype)
-    return loss_K.sum(), *buffers
+            d_bias_V += logits_CV.sum(0, dtype=d_bias_V.dtype)
+    return (loss_K.sum(), *results)  # type: ignore[return-value]
 
 
-@_linear_cross_entropy_op.register_fake
+@linear_cross_entropy_op.register_fake
 def _(hidden_NH, weight_VH, bias_V, labels_N, rows_K, row_weights_K, dtype, logit_scale, softcap, label_smoothing, dft,
-      stats, needs_hidden, needs_weight, needs_bias):  # fmt: skip
-    buffers = _outputs(hidden_NH, weight_VH, rows_K, dtype, stats, (needs_hidden, needs_weight, needs_bias))
-    return hidden_NH.new_empty((), dtype=_accumulation_dtype(dtype)), *buffers
+      stats, *needs):  # fmt: skip
+    results = _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs)
+    return (hidden_NH.new_empty((), dtype=precise(dtype)), *results)
 
 
-@torch.library.custom_op("truetune::scale_rows", mutates_args=())
-def _scale_rows_op(x_KH: Tensor, scale: Tensor, rows_K: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """out[rows_K] = x_KH * scale and zeros elsewhere, out [num_rows, H] of `dtype`; rows_K None is all rows in order.
-
-    The product with the 0-d scale is taken in fp32: PyTorch would round the scale to x's dtype first.
-    """
-    K, H = x_KH.shape
-    out_NH = (x_KH.new_empty if rows_K is None else x_KH.new_zeros)((num_rows, H), dtype=dtype)
-    if not _use_kernels(x_KH):
-        scaled_KH = (x_KH.to(scale.dtype) * scale).to(dtype)
-        return scaled_KH if rows_K is None else out_NH.index_copy_(0, rows_K, scaled_KH)
-    if K > 0:
-        block = min(4096, triton.next_power_of_2(H))
-        with torch.cuda.device_of(x_KH):
-            _scale_rows_kernel[(K, triton.cdiv(H, block))](
-                x_KH, rows_K, scale, out_NH, H, HAS_ROWS=rows_K is not None, BLOCK=block, num_warps=8
-            )
-    return out_NH
+def remember_inputs(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype, logit_scale) -> None:
+    ctx.num_rows = len(hidden_NH)
+    ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
+    ctx.factor = logit_scale / _gradient_scale(dtype)
 
 
-@_scale_rows_op.register_fake
-def _(x_KH, scale, rows_K, num_rows, dtype):
-    return x_KH.new_empty((num_rows, x_KH.shape[1]), dtype=dtype)
-
-
-def _finished_gradients(
+def finish_gradients(
     ctx: Any, scale: Tensor, rows_K: Tensor, d_hidden_KH: Tensor, d_weight_VH: Tensor, d_bias_V: Tensor
 ):
-    """The gradients of hidden, weight and bias in their own dtypes, scaled in fp32 and rounded once."""
-    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    (num_rows, hidden_dtype), weight_dtype, bias_dtype = ctx.hidden, ctx.weight_dtype, ctx.bias_dtype
-    grads: list[Tensor | None] = [None, None, None]
+    """The gradients of hidden, weight and bias in the inputs' dtypes: scaled in fp32, rounded once."""
+    d_hidden_NH = d_weight = d_bias = None
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    scale = scale * ctx.factor
     if needs_hidden:
-        grads[0] = _scale_rows_op(d_hidden_KH, scale, rows_K, num_rows, hidden_dtype)
+        d_hidden_NH = scale_rows(d_hidden_KH, scale, rows_K, ctx.num_rows, hidden_dtype)
     if needs_weight and weight_dtype == d_weight_VH.dtype:
-        grads[1] = d_weight_VH.mul_(scale)  # in place: a second fp32 copy of a head is 2 GiB
+        d_weight = d_weight_VH.mul_(scale)  # in place: a second fp32 copy of a head of 128k x 4k is 2 GiB
     elif needs_weight:
-        grads[1] = _scale_rows_op(d_weight_VH, scale, None, len(d_weight_VH), weight_dtype)
+        d_weight = scale_rows(d_weight_VH, scale, None, len(d_weight_VH), weight_dtype)
     if needs_bias:
-        grads[2] = (d_bias_V * scale).to(bias_dtype)
-    return grads
-
-
-def _remember_inputs(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype, logit_scale) -> None:
-    ctx.hidden = (len(hidden_NH), hidden_NH.dtype)
-    ctx.weight_dtype = weight_VH.dtype
-    ctx.bias_dtype = None if bias_V is None else bias_V.dtype
-    ctx.gradient_factor = logit_scale / _gradient_scale(dtype)
+        d_bias = (d_bias_V * scale).to(bias_dtype)
+    return d_hidden_NH, d_weight, d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden_NH, weight_VH, bias_V, _, rows_K, _, dtype, logit_scale, *_ = inputs
-    _remember_inputs(ctx, hidden_NH, weight_VH, bias_V, dtype, logit_scale)
+    remember_inputs(ctx, hidden_NH, weight_VH, bias_V, dtype, logit_scale)
     ctx.save_for_backward(rows_K, *output[4:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _backward(ctx: Any, grad_loss: Tensor, *_: None):
-    grads = _finished_gradients(ctx, grad_loss * ctx.gradient_factor, *ctx.saved_tensors)
-    return *grads, *[None] * 12
+def _backward(ctx: Any, grad_loss: Tensor, *_):
+    return *finish_gradients(ctx, grad_loss, *ctx.saved_tensors), *[None] * 12
 
 
-_linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("truetune::linear_log_probs", mutates_args=())
-def _linear_log_probs_op(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    labels_N: Tensor,
-    rows_K: Tensor,
-    dtype: torch.dtype,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    settings = (dtype, logit_scale, softcap, 0.0, False, False)
-    outputs = _linear_cross_entropy_op(
-        hidden_NH, weight_VH, bias_V, labels_N, rows_K, None, *settings, False, False, False
-    )
-    return -outputs[1]
-
-
-@_linear_log_probs_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, labels_N, rows_K, dtype, logit_scale, softcap):
-    return hidden_NH.new_empty(rows_K.shape, dtype=_accumulation_dtype(dtype))
-
-
-def _log_probs_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    hidden_NH, weight_VH, bias_V, labels_N, rows_K, *settings = inputs
-    _remember_inputs(ctx, hidden_NH, weight_VH, bias_V, *settings[:2])
-    ctx.settings = (*settings, 0.0, False, False)
-    ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, rows_K)
-
-
-@once_differentiable
-def _log_probs_backward(ctx: Any, grad_K: Tensor):
-    # Rows are weighted relative to the largest, so that no product of a small upstream gradient is made in half precision.
-    largest = grad_K.abs().amax().clamp(min=torch.finfo(grad_K.dtype).tiny) if len(grad_K) else grad_K.sum()
-    *_, rows_K = ctx.saved_tensors
-    outputs = _linear_cross_entropy_op(*ctx.saved_tensors, -grad_K / largest, *ctx.settings, *ctx.needs_input_grad[:3])
-    grads = _finished_gradients(ctx, largest * ctx.gradient_factor, rows_K, *outputs[4:])
-    return *grads, *[None] * 5
-
-
-_linear_log_probs_op.register_autograd(_log_probs_backward, setup_context=_log_probs_setup_context)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Public functions
 
 
 class Stats(NamedTuple):
-    """Of each kept row, detached: negative log-likelihood of the label (fp32, nats; neither smoothed nor weighted), entropy of
-    the predicted distribution (fp32, nats), and whether the label is the first of the largest logits (bool)."""
+    """Of each kept row, detached."""
 
-    nll_K: Tensor
-    entropy_K: Tensor
-    is_top1_K: Tensor
+    nll_K: Tensor  # negative log-likelihood of the label, neither smoothed nor weighted; fp32, nats
+    entropy_K: Tensor  # of the predicted distribution; fp32, nats
+    is_top1_K: Tensor  # whether the label is the first of the largest logits; bool
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    num_items: int | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    loss_type: str = "nll",
-    ignore_index: int = -100,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Stats]:
-    """Cross-entropy of `softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)`, without the full logits.
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, rows: Tensor | None = None,
+    num_items: int | Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    label_smoothing: float = 0.0, loss_type: str = "nll", ignore_index: int = -100, return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:  # fmt: skip
+    """Cross-entropy of the logits `(hidden @ weight.T + bias) * logit_scale`, soft-capped, never holding all of them.
 
     Args:
-        hidden: [..., H], bf16, fp16, fp32, or fp64 (plain PyTorch).
-        weight: [V, H] of the same dtype (of any under autocast, which is obeyed); frozen or trained.
+        hidden: [..., H] bf16, fp16, fp32, or (in plain PyTorch) fp64.
+        weight: [V, H] of the same dtype, or any under autocast, which is obeyed; frozen or trained.
         labels: [...] int64, `labels[i]` the target of `hidden[i]`: the caller shifts.
         bias: [V].
-        rows: [K] int64, indexes into the flattened leading dimensions, none twice, none with an ignored label. Given, the
-            host never waits for the device; None, the rows are found from the labels.
-        num_items: what the sum over the rows is divided by, an int or a 0-d tensor; at least 1 is used. Default: K.
-        loss_type: "nll", or "dft", each row's loss times the detached probability of its label (arXiv:2508.05629).
-        label_smoothing: the share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
+        rows: [K] int64 indexes into the flattened leading dimensions: those to keep, none twice, none with an ignored
+            label. With them given the host never waits for the device; None: found here, from the labels.
+        num_items: int or 0-d tensor, what the sum over the rows is divided by, at least 1. Default: K.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv:2408.00118).
+        logit_scale: positive.
+        label_smoothing: share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
+        loss_type: "nll", or "dft": each row weighted by the detached probability of its label (arXiv:2508.05629).
         return_stats: return `(loss, Stats)`.
 
     Returns:
-        The loss, 0-d fp32 (fp64 for fp64); zero, with zero gradients, where no row is kept.
+        The loss, 0-d, fp32 (fp64 for fp64). Zero, with zero gradients, where no row is kept.
 
-    Gradients are made here, in the forward pass, the head's summed over chunks in fp32, and are scaled in the backward
-    pass. That may work in place: a second backward raises then.
+    Gradients are made in this forward pass, those of the head summed over chunks in fp32; the backward pass scales them
+    in fp32 and rounds once, in place where it can: a second backward then raises.
 
     A label outside [0, V) in a kept row makes the loss NaN on a GPU and raises on a CPU.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown `loss_type`, "dft" with label smoothing.
+        ValueError: shapes, dtypes or options that do not fit together.
     """
     if loss_type not in ("nll", "dft"):
         raise ValueError(f"loss_type is {loss_type!r}; choose 'nll' or 'dft'.")
@@ -603,95 +425,64 @@ def linear_cross_entropy(
         raise ValueError("loss_type='dft' has no label smoothing; set label_smoothing to 0.")
     if isinstance(num_items, Tensor) and num_items.ndim:
         raise ValueError(f"num_items has shape {tuple(num_items.shape)}; give an int or a 0-d tensor.")
-    hidden_NH, labels_N, rows_K, dtype = _flatten(hidden, weight, labels, bias, rows, ignore_index)
+    *inputs, dtype = check_inputs(hidden, weight, bias, labels, rows, logit_scale, ignore_index)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss_sum, *stats, _, _, _ = _linear_cross_entropy_op(
-        hidden_NH, weight, bias, labels_N, rows_K, None,
-        dtype, logit_scale, softcap, label_smoothing, loss_type == "dft", return_stats, *needs,
-    )  # fmt: skip
+    loss_sum, *stats, _, _, _ = linear_cross_entropy_op(
+        *inputs, None, dtype, logit_scale, softcap, label_smoothing, loss_type == "dft", return_stats, *needs
+    )
     if isinstance(num_items, Tensor):
         loss = loss_sum / num_items.to(loss_sum.dtype).clamp(min=1)
     else:
-        loss = loss_sum / max(1, len(rows_K) if num_items is None else num_items)
+        loss = loss_sum / max(1, inputs[-1].shape[0] if num_items is None else num_items)
     return (loss, Stats(*stats)) if return_stats else loss
 
 
-def linear_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Log-probabilities of the kept rows' labels, [K] fp32, for losses that weight each token in their own way.
-
-    The arguments are those of `linear_cross_entropy`. The gradient of each row may be anything, so it is made in the backward
-    pass, where the logits of each chunk are computed again.
-    """
-    hidden_NH, labels_N, rows_K, dtype = _flatten(hidden, weight, labels, bias, rows, ignore_index)
-    return _linear_log_probs_op(hidden_NH, weight, bias, labels_N, rows_K, dtype, logit_scale, softcap)
-
-
-def _flatten(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """hidden_NH, labels_N, rows_K and the dtype of the products."""
+def check_inputs(hidden, weight, bias, labels, rows, logit_scale, ignore_index) -> tuple:
+    """hidden_NH, weight_VH, bias_V, labels_N, rows_K, and the dtype of the products."""
     if labels.shape != hidden.shape[:-1] or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
         raise ValueError(f"hidden, weight and labels have shapes {shapes}; they must be [..., H], [V, H] and [...].")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; it must be [{weight.shape[0]}], one value a vocabulary entry."
-        )
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{weight.shape[0]}], as the weight has rows.")
     if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}; it must be int64 of shape [K].")
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    if logit_scale <= 0:
+        raise ValueError(f"logit_scale is {logit_scale}; it must be positive.")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
     elif hidden.dtype == weight.dtype:
         dtype = hidden.dtype
     else:
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast."
-        )
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them or use torch.autocast.")
     labels_N = labels.reshape(-1)
     rows_K = (labels_N != ignore_index).nonzero().squeeze(1) if rows is None else rows
-    return hidden.reshape(-1, hidden.shape[-1]), labels_N, rows_K, dtype
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels_N, rows_K, dtype
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reference
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    num_items: int | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    loss_type: str = "nll",
-    ignore_index: int = -100,
-) -> tuple[Tensor, Stats]:
-    """`linear_cross_entropy` with the full logits and PyTorch's own gradients; `(loss, Stats)`."""
+def reference_logits(hidden, weight, labels, bias, rows, softcap, logit_scale, ignore_index) -> tuple[Tensor, Tensor]:
+    """The kept rows' targets [K] and final logits [K, V], these in fp32 or fp64."""
     labels_N = labels.reshape(-1)
     rows_K = (labels_N != ignore_index).nonzero().squeeze(1) if rows is None else rows
-    targets_K = labels_N[rows_K]
     logits_KV = F.linear(hidden.reshape(-1, hidden.shape[-1])[rows_K], weight, bias)
-    logits_KV = _final_logits_torch(logits_KV, None, logit_scale, softcap)
+    return labels_N[rows_K], _final_logits(logits_KV, None, logit_scale, softcap)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, rows: Tensor | None = None,
+    num_items: int | Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    label_smoothing: float = 0.0, loss_type: str = "nll", ignore_index: int = -100,
+) -> tuple[Tensor, Stats]:  # fmt: skip
+    """`linear_cross_entropy` as PyTorch would do it, with the full logits; returns `(loss, Stats)`."""
+    targets_K, logits_KV = reference_logits(hidden, weight, labels, bias, rows, softcap, logit_scale, ignore_index)
     nll_K = F.cross_entropy(logits_KV, targets_K, reduction="none")
     loss_K = F.cross_entropy(logits_KV, targets_K, reduction="none", label_smoothing=label_smoothing)
     if loss_type == "dft":
         loss_K = loss_K * (-nll_K).exp().detach()
-    num_items = len(rows_K) if num_items is None else num_items
-    loss = loss_K.sum() / torch.as_tensor(num_items, device=loss_K.device).clamp(min=1)
-    entropy_K = torch.distributions.Categorical(logits=logits_KV.detach(), validate_args=False).entropy()
-    return loss, Stats(nll_K.detach(), entropy_K, logits_KV.argmax(-1) == targets_K)
+    num_items = torch.as_tensor(len(targets_K) if num_items is None else num_items, device=loss_K.device)
+    entropy_K = torch.special.entr(logits_KV.detach().softmax(-1)).sum(-1)
+    is_top1_K = logits_KV.argmax(-1) == targets_K
+    return loss_K.sum() / num_items.clamp(min=1), Stats(nll_K.detach(), entropy_K, is_top1_K)

@@ -1,0 +1,17 @@
+"""Whether an operation runs as Triton kernels or in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform
+    triton = tl = None
+
+FORCE_KERNELS = False  # tests set it, to run the kernels on a CPU in Triton's interpreter
+
+
+def use_kernels(tensor: Tensor) -> bool:
+    """Whether tensors like this one go through the Triton kernels, which know no fp64."""
+    return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or FORCE_KERNELS)
