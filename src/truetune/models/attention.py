@@ -60,7 +60,7 @@ class PackMask:
 
 
 def _documents_of_positions(position_T: torch.Tensor) -> Documents | None:
-    """A document begins wherever a position does not follow the one before it; None: there is one. It syncs the host."""
+    """A document begins where a position does not follow the one before; None: there is one. Syncs the host."""
     starts = (position_T.diff() != 1).nonzero().flatten() + 1
     if len(starts) == 0:
         return None
