@@ -18,7 +18,15 @@ from truetune.data.rows import Source
 from truetune.recipe_values import Plain, RecipeError, WrongTypeError, convert, read_text, read_yaml
 from truetune.recipe_words import advice, nearest, value_advice
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_template", "with_batch_split"]
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "how_to_set",
+    "load_recipe",
+    "recipe_template",
+    "with_batch_split",
+    "write_template",
+]
 
 PACKS_A_STEP = 4
 TOKENS_A_MICRO_BATCH = 8192  # what the default packs of a micro-batch may hold on one device
@@ -143,8 +151,19 @@ def load_recipe(
 
 
 def recipe_template() -> str:
-    """A commented recipe that says every default: what `truetune init` writes."""
+    """A commented recipe that says every default."""
     return resources.files("truetune").joinpath("recipe_template.yaml").read_text(encoding="utf-8")
+
+
+def write_template(path: Path) -> None:
+    """Writes `recipe_template` to a new file. Raises `RecipeError` where there is one already, or none can be."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(recipe_template())
+    except FileExistsError:
+        raise RecipeError(f"There is a file {path} already: name another, or remove it.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written ({error.strerror}): name a file in another directory.") from None
 
 
 def with_batch_split(recipe: Recipe, num_processes: int) -> Recipe:
@@ -329,24 +348,33 @@ def _check_training_key(name: str, place: str) -> None:
         raise RecipeError(f"{place}`training.{name}` has no effect here ({_WITHOUT_EFFECT[name]}): remove it.")
 
 
+def how_to_set(word: str) -> str:
+    """How to write on the command line what the user called `word`: the end of a sentence, its full stop included."""
+    if word in KEYS or "." in word:
+        return f"write {word}=VALUE."
+    return _mend(word, "", KEYS)
+
+
 def _unknown(name: str, section: str, choices: Any, place: str) -> RecipeError:
-    """What to use instead: the key of another section by that name, another tool's word, or a slip of the finger."""
-    is_source = section.startswith(("data", "eval_data"))
     shown = f"{section}.{name}" if section else name
+    return RecipeError(f"{place}unknown key `{shown}`: {_mend(name, section, choices)}")
+
+
+def _mend(name: str, section: str, choices: Any) -> str:
+    """What to use instead: another tool's word in ours, a slip of the finger, or the key of another section."""
+    is_source = section.startswith(("data", "eval_data"))
     bare = name.removeprefix("--").rpartition(".")[2].replace("-", "_")
     if word := advice(bare, source=is_source):
-        mend = word if word.startswith("remove") else f"use {word}"
-    elif near := nearest(bare, choices, cutoff=0.85) or _elsewhere(bare, exactly=True) or nearest(bare, choices):
-        mend = f"did you mean `{section}.{near}`" if section and near in choices else f"did you mean `{near}`"
-    elif near := _elsewhere(bare, exactly=False):
-        mend = f"did you mean `{near}`"
-    elif is_source:
-        mend = f"a source has {', '.join(choices)}"
-    elif section:
-        mend = f"`{section}` takes the fields of {'LoraConfig' if section == 'lora' else 'SFTConfig'}"
-    else:
-        mend = f"the keys are {', '.join(KEYS)}"
-    return RecipeError(f"{place}unknown key `{shown}`: {mend}{'?' if mend.startswith('did') else '.'}")
+        return f"{word}." if word.startswith("remove") else f"use {word}."
+    if near := nearest(bare, choices, cutoff=0.85) or _elsewhere(bare, exactly=True) or nearest(bare, choices):
+        return f"did you mean `{section}.{near}`?" if section and near in choices else f"did you mean `{near}`?"
+    if near := _elsewhere(bare, exactly=False):
+        return f"did you mean `{near}`?"
+    if is_source:
+        return f"a source has {', '.join(choices)}."
+    if section:
+        return f"`{section}` takes the fields of {'LoraConfig' if section == 'lora' else 'SFTConfig'}."
+    return f"the keys are {', '.join(KEYS)}."
 
 
 def _elsewhere(name: str, *, exactly: bool) -> str | None:

@@ -1,0 +1,190 @@
+"""The commands. No logic: each reads its options, and imports what it needs when it runs, so that --help is quick."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from truetune import __version__
+
+app = typer.Typer(
+    name="truetune",
+    help="Fine-tune a language model on your own conversations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        help="A recipe, and keys that change it, such as max_length=4096 lora.r=32 training.learning_rate=1e-4.",
+        show_default=False,
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="Hub name, directory, or builtin:demo.", show_default=False)]
+Data = Annotated[str | None, typer.Option(help="File, directory, glob, Hub name, or builtin:demo.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+INTERRUPTED = 130  # the shell's code for SIGINT
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, which some versions of Typer carry themselves
+OVERWRITE = "Replace what the output directory holds."
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    changes: Changes = None,
+    model: Model = None,
+    data: Data = None,
+    method: Annotated[str | None, typer.Option(help="lora (default), qlora or full.", show_default=False)] = None,
+    output: Annotated[str | None, typer.Option(help="Where the result goes.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before training.")] = False,
+    num_processes: Annotated[int | None, typer.Option(help="Processes, one a GPU.", show_default="one a GPU")] = None,
+) -> None:
+    """Fine-tune by a recipe, by options, or by both."""
+    recipe = _recipe(changes, model=model, data=data, method=method, output_dir=output)
+    from truetune import run
+
+    result = run.train(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, num_processes=num_processes)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def inspect(
+    changes: Changes = None,
+    model: Model = None,
+    data: Data = None,
+    rows: Annotated[int | None, typer.Option(min=0, help="Rows to show.", show_default="3, with --json all")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as it will be trained: which tokens are supervised, what is cut, dropped and packed."""
+    recipe = _recipe(changes, model=model, data=data)
+    from rich.console import Console
+
+    from truetune.data import audit
+    from truetune.run_data import prepare_data
+    from truetune.run_model import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(recipe)
+    prepared, _ = prepare_data(recipe, tokenizer, recipe.training["seed"], Console(stderr=True))
+    packing = recipe.max_length if recipe.packing else None
+    if as_json:
+        for line in audit.inspect_lines(prepared, tokenizer, rows=rows, packing=packing):
+            print(json.dumps(line))
+        return
+    console = Console(highlight=False)
+    for document in audit.shown(prepared, 3 if rows is None else rows):
+        console.rule(f"row {document['row']}", align="left")
+        console.print(audit.render_document(tokenizer, document))
+    console.rule()
+    console.print(audit.render_summary(audit.summary(prepared, packing)))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices, and which attention and kernels are in effect and why not better ones."""
+    from truetune import doctor
+
+    found = doctor.gather()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        doctor.render(found)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml")) -> None:
+    """Write a recipe with every key, its default and a word about it."""
+    from truetune.recipe import write_template
+
+    write_template(path)
+    print(f"Wrote {path}: set model and data, then truetune train {path}")
+
+
+@app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run_script(
+    script: Annotated[
+        list[str], typer.Argument(metavar="SCRIPT.py|-m MODULE [ARGS]...", help="Passed on as they are.")
+    ],
+) -> None:
+    """Run a TRL script unchanged: its SFTTrainer and SFTConfig are truetune's."""
+    from truetune.train import patch
+
+    patch.run_script(script)
+
+
+def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
+    """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
+    from truetune.recipe import load_recipe
+
+    overrides = list(changes or [])
+    path = None
+    if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
+        path = overrides.pop(0)
+    return load_recipe(path, overrides, flags)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=None if argv is None else list(argv), prog_name="truetune", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped.")
+        code = INTERRUPTED
+    except _UsageError as error:
+        _say(_usage(error))
+        code = 2
+    except ValueError as error:
+        if not isinstance(error, _mistakes()):
+            raise
+        _say(str(error))
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mistakes() -> tuple[type[ValueError], ...]:
+    from truetune.data.errors import DataError
+    from truetune.models.errors import ModelError
+    from truetune.recipe import RecipeError
+    from truetune.train.errors import TrainError
+
+    return DataError, ModelError, TrainError, RecipeError
+
+
+def _say(message: str) -> None:
+    message = message.strip()
+    if not message:  # the help was asked for by giving nothing, and is printed
+        return
+    print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with the options, in one sentence; and how a recipe's key is written that came as one."""
+    option = getattr(error, "option_name", None)
+    if option is None or not hasattr(error, "possibilities"):
+        return error.format_message().replace(". Did you mean", ": did you mean")
+    if error.possibilities:
+        return f"There is no option {option}: did you mean {' or '.join(error.possibilities)}?"
+    from truetune.recipe import how_to_set
+
+    return f"There is no option {option}: {how_to_set(option.lstrip('-').replace('-', '_'))}"
