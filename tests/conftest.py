@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1" if not os.path.exists("/dev/nvidiactl") else "0")
 
 import json
@@ -47,7 +48,9 @@ def train_tokenizer(texts, special_tokens=("<|endoftext|>", "<|im_start|>", "<|i
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special_tokens[0], eos_token=special_tokens[-1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special_tokens[0], eos_token=special_tokens[-1]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def cast_adapters_to_activations(model: nn.Module) -> AdapterReport:
         elif type(module).__name__ not in ("Linear", "Linear4bit", "Linear8bitLt"):
             report.left[name] = f"it is a {type(module).__name__}"
         else:
-            module.forward = types.MethodType(lora_linear_forward, module)
+            vars(module)["forward"] = types.MethodType(lora_linear_forward, module)
             report.replaced += 1
     return report
 

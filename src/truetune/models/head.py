@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
@@ -44,8 +43,8 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
-def bind_fused_loss(model: PreTrainedModel) -> None:
-    """Gives this causal language model `model(..., labels=, fused_loss=True) -> FusedLossOutput`.
+def bind_fused_loss(model: Any) -> None:
+    """Gives this causal language model (a `PreTrainedModel`) `model(..., labels=, fused_loss=True) -> FusedLossOutput`.
 
     Labels are unshifted, int64 [B, S]. `loss_rows` (int64 [K], flat positions whose next token is supervised) and
     `num_items` (int or 0-d tensor) save finding and counting them here. Without the flag the forward is the one that
@@ -106,7 +105,7 @@ def bind_fused_loss(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _load_balancing_loss(model: PreTrainedModel, outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+def _load_balancing_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Any:
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,7 +22,7 @@ class ParameterGroup:
     weight_decay: float
 
 
-def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
+def embedding_parameters(model: Any) -> list[nn.Parameter]:
     """The trained parameters of the model's input embeddings and LM head, whatever wraps them, LoRA's not included.
 
     `modules_to_save` copies, `trainable_token_indices` rows and tied weights are found, each once.

@@ -38,23 +38,27 @@ class RecipeTrainer(SFTTrainer):
         self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = self._packs(self.train_dataset, seed=self.args.data_seed or self.args.seed)
+        sampler = self._sampler(self.train_dataset, seed=self.args.data_seed or self.args.seed)
         return self._loader(self.train_dataset, sampler, self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        return self._loader(dataset, self._packs(dataset, seed=0), self.args.eval_batch_size)
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
+        return self._loader(dataset, self._sampler(dataset, seed=0), self.args.eval_batch_size)
 
-    def _packs(self, documents: datasets.Dataset, seed: int) -> Sampler[list[int]]:
-        return PackSampler(document_lengths(documents), self.args.max_length if self._pack else 0, seed=seed)
+    def _sampler(self, documents: datasets.Dataset, seed: int) -> Sampler[list[int]]:
+        lengths = document_lengths(documents)
+        if not self._pack:
+            return _Singles(len(lengths), seed)
+        assert self.args.max_length is not None
+        return PackSampler(lengths, self.args.max_length, seed=seed)
 
     def _loader(self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int) -> DataLoader:
         sampler = _EvenPacks(packs, multiple=batch_size * self.accelerator.num_processes)
         loader: DataLoader = DataLoader(
             PackedDocuments(documents, len(sampler)),
-            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),  # type: ignore[arg-type]
             collate_fn=_collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -67,7 +71,7 @@ class RecipeTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         sums = self._device_metrics["eval"].peek()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if sums.get("supervised"):
+        if sums.get("supervised") and output.metrics is not None:
             output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["supervised"]
         return output
 
@@ -88,6 +92,23 @@ class PackedDocuments(Dataset):
         rows = self.documents[list(pack)]
         documents = zip(rows["input_ids"], rows["labels"], strict=True)
         return [{"input_ids": input_ids, "labels": labels} for input_ids, labels in documents]
+
+
+class _Singles(Sampler[list[int]]):
+    """Every document alone, in an order that is a pure function of seed and epoch."""
+
+    def __init__(self, num_documents: int, seed: int) -> None:
+        self.num_documents, self.seed, self.epoch = num_documents, seed, 0
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.PCG64([self.seed, self.epoch]).random_raw(self.num_documents).argsort()
+        return iter([[document] for document in order.tolist()])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 class _EvenPacks(Sampler[list[int]]):

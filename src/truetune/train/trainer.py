@@ -18,7 +18,7 @@ from rich.console import Console
 
 from truetune.data.collate import UnpaddingCollator, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
-from truetune.models.attention import ATTENTION_NAME, use_varlen_attention, why_not_packable
+from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.head import bind_fused_loss
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
@@ -35,7 +35,10 @@ class SFTTrainer(trl.SFTTrainer):
     Raises `TrainError` where something set explicitly cannot be had.
     """
 
-    @functools.wraps(trl.SFTTrainer.__init__)
+    args: trl.SFTConfig  # Transformers declares them wider than they are
+    model: Any
+
+    @functools.wraps(trl.SFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, model, args=None, *positional, **keywords) -> None:
         self.report = TrainReport()
         self._device_metrics = {"train": DeviceMetrics(), "eval": DeviceMetrics()}
@@ -55,7 +58,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.report.add("loss", self.args.loss_type, "fused linear cross-entropy", self._why_full_logits() or "")
         self._report_batches()
 
-    # -- setting up ----------------------------------------------------------------------------------------------------
+    # -- setting up
 
     def _refuse_own_settings(self) -> None:
         asked = [name for name in ("embedding_learning_rate", "loraplus_lr_ratio") if own_setting(self.args, name)]
@@ -67,7 +70,8 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _set_attention(self) -> None:
         base = _base_model(self.model)
-        asked = (self.args.model_init_kwargs or {}).get("attn_implementation")
+        init_kwargs = self.args.model_init_kwargs
+        asked = init_kwargs.get("attn_implementation") if isinstance(init_kwargs, dict) else None
         had = base.config._attn_implementation
         if asked is not None:
             self.report.add("attention", asked, had, "named in model_init_kwargs")
@@ -82,7 +86,8 @@ class SFTTrainer(trl.SFTTrainer):
                     "set packing=False, or accept it with allow=['unpackable_model']."
                 )
             return
-        attention = use_varlen_attention(base)
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        attention = use_varlen_attention(base, autocast)
         replaced = [] if had == ATTENTION_NAME else [f"in place of {had}"]
         self.report.add("attention", "variable-length", attention.in_effect, "; ".join(replaced + attention.reasons))
 
@@ -126,7 +131,7 @@ class SFTTrainer(trl.SFTTrainer):
         if self.is_world_process_zero():
             Console(stderr=True).print(table)
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    # -- batches
 
     @contextmanager
     def _unpadding(self, wanted: bool) -> Iterator[None]:
@@ -148,7 +153,7 @@ class SFTTrainer(trl.SFTTrainer):
         with self._unpadding(wanted=self.compute_metrics is None or self.args.prediction_loss_only):
             return super().get_eval_dataloader(eval_dataset)
 
-    # -- loss ----------------------------------------------------------------------------------------------------------
+    # -- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._ours or return_outputs or self.compute_loss_func is not None:
@@ -160,6 +165,7 @@ class SFTTrainer(trl.SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
+        attention_before = attention_calls.copy()
         outputs = model(
             **inputs,
             fused_loss=True,
@@ -178,6 +184,8 @@ class SFTTrainer(trl.SFTTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         self._keep_metrics(mode, inputs, outputs.stats)
         self.report.fused_losses += 1
+        for backend, calls in (attention_calls - attention_before).items():
+            self.report.attention_calls[backend] = self.report.attention_calls.get(backend, 0) + calls
         return loss
 
     def _keep_metrics(self, mode: str, inputs: dict[str, Any], stats: torch.Tensor) -> None:
@@ -212,7 +220,7 @@ class SFTTrainer(trl.SFTTrainer):
                 logger.warning("A batch stays padded: %s.", reason.rstrip("."))
             self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
 
-    # -- optimizer -----------------------------------------------------------------------------------------------------
+    # -- optimizer
 
     def create_optimizer(self, *args, **kwargs):
         given = self.optimizer
@@ -261,4 +269,6 @@ def _why_not_unpad(trainer: trl.SFTTrainer) -> str | None:
         return "prompt learning puts virtual tokens before each row"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func takes logits in the shape of its own batches"
+    if trainer.args.neftune_noise_alpha:
+        return "NEFTune scales its noise by the padded length"
     return None
