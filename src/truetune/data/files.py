@@ -63,8 +63,9 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """Another library's error, as a clause of our sentence."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
+    return " ".join(reason.split()).removesuffix(".").replace(". ", ", ")
 
 
 def _jsonl_rows(lines: Iterable[bytes], path: str) -> Iterator[PlacedRow]:
@@ -195,7 +196,7 @@ def _object(row: Any, origin: str, has_surrogates: bool) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise DataError(
-                f"{origin}: the row has half of a \\ud... escape, which is no character: repair it"
+                f"{origin}: the row has half of a \\ud escape, which is no character: repair it"
             ) from None
     return row
 

@@ -272,7 +272,7 @@ def _message(item: Any, number: int) -> dict[str, Any]:
         given = f"the unknown role {name!r}" if name is not None else "no role"
         raise DataError(f"message {number} has {given}: use one of {', '.join(ROLES)}")
     message = {"role": role, "content": content}
-    if len(item) > 2:
+    if len(item) > 2 or content is None:
         message |= {k: v for k, v in item.items() if v is not None and k not in (role_key, content_key)}
     if name in _CALLS:
         message |= {"content": None, "tool_calls": content}
