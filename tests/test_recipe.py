@@ -6,7 +6,8 @@ import re
 import pytest
 
 from truetune import recipe_words
-from truetune.recipe import KEYS, Recipe, RecipeError, load_recipe, recipe_template, with_batch_split
+from truetune.recipe import Recipe, RecipeError, load_recipe, recipe_template, with_batch_split
+from truetune.recipe_schema import KEYS
 
 BASE = {"model": "m", "data": "chats.jsonl"}
 
@@ -171,7 +172,7 @@ def test_every_training_and_lora_field_takes_its_own_default():
         return str(getattr(value, "value", value))
 
     for section, config, hints in (("training", SFTConfig, "_training_hints"), ("lora", LoraConfig, "_lora_hints")):
-        import truetune.recipe as module
+        import truetune.recipe_schema as module
 
         names = set(getattr(module, hints)()) - set(module._OWN_KEY) - set(module._WITHOUT_EFFECT)
         defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in names}
@@ -323,7 +324,7 @@ def test_an_unknown_key_in_a_file_names_its_line(written):
 
 
 def test_the_words_of_other_tools_lead_to_keys_that_exist():
-    import truetune.recipe as module
+    import truetune.recipe_schema as module
 
     sections = {"training": module._training_hints(), "lora": module._lora_hints(), "data": module._SOURCE_HINTS}
     for advice in recipe_words.all_advice():

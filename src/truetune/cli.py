@@ -183,8 +183,9 @@ def _usage(error: Any) -> str:
     option = getattr(error, "option_name", None)
     if option is None or not hasattr(error, "possibilities"):
         return error.format_message().replace(". Did you mean", ": did you mean")
-    if error.possibilities:
-        return f"There is no option {option}: did you mean {' or '.join(error.possibilities)}?"
-    from truetune.recipe import how_to_set
+    from truetune.recipe_schema import how_to_set, is_known
 
-    return f"There is no option {option}: {how_to_set(option.lstrip('-').replace('-', '_'))}"
+    key = option.lstrip("-").replace("-", "_")
+    if error.possibilities and not is_known(key):
+        return f"There is no option {option}: did you mean {' or '.join(error.possibilities)}?"
+    return f"There is no option {option}: {how_to_set(key)}"
