@@ -1,0 +1,218 @@
+"""Rows -> documents: token ids and labels, together, in one pass.
+
+What is supervised is decided on text (turns.py). Here the text is tokenized in pieces that end where supervision begins
+and ends, so that the ids before an answer are those of the generation prompt, as at inference, and no token is half
+supervised. Tokenizers that put a space in front of a text cannot be given pieces: their documents are tokenized whole,
+and a token on both sides of a boundary is left unsupervised.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from truetune.data.rows import Row
+from truetune.data.templates import template_text
+from truetune.data.turns import Segment, TurnRenderer, documents, shared_length
+
+IGNORE_INDEX = -100
+
+# What `Encoder.encode` counts, in words for a report.
+COUNTS = {
+    "unrolled_conversations": "conversations that the chat template rewrites as they go on, given as several documents",
+    "unrolled_documents": "documents that came of them",
+    "empty_think_supervised": "turns that train an empty thinking block; chat_template_kwargs "
+    '{"enable_thinking": false} in a row puts it into the prompt where the template knows it',
+    "boundary_merged": "tokens across the edge of an answer, left unsupervised",
+    "eos_appended": "turns that the chat template ends with no token, ended with EOS",
+    "turns_without_end": "turns that nothing ends: the chat template has no token for it, the tokenizer no EOS",
+    "opening_turns_unsupervised": "assistant turns that nobody has asked for, not supervised",
+    "empty_answers": "turns without content, which train the model to say nothing",
+    "turns_ignored": "assistant turns that the chat template leaves out",
+    "tool_calls_ignored": "turns not supervised because the chat template leaves out their tool calls",
+    "thinking_ignored": "turns trained without their reasoning, which the chat template leaves out",
+    "tools_ignored": "rows whose tools the chat template leaves out",
+    "tool_ignored": "rows whose tool messages the chat template leaves out",
+    "system_ignored": "rows whose system messages the chat template leaves out",
+    "developer_ignored": "rows whose developer messages the chat template leaves out",
+}
+
+
+@dataclass(slots=True)
+class Document:
+    """One sequence: `labels` aligned with `input_ids`, -100 where not supervised, always at 0; `row` it comes from."""
+
+    input_ids: list[int]
+    labels: list[int]
+    row: int
+
+
+class Encoder:
+    """Turns rows into documents.
+
+    chat_template: the name of a built-in template, the path of a `.jinja` file, template text, or the name of one of
+        the tokenizer's own; None takes the tokenizer's own.
+    supervise: "responses" all assistant turns from `row.first_supervised` on, each in exactly one document, exactly as
+        it is at inference; "last_response" the last of them; "all" every token but a document's first.
+    Raises `DataError` for an unknown template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        supervise: Literal["responses", "last_response", "all"] = "responses",
+    ) -> None:
+        own = tokenizer.chat_template
+        if chat_template is not None:
+            named = isinstance(own, dict) and chat_template in own
+            chat_template = own[chat_template] if named else template_text(chat_template)
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.supervise = supervise
+        self._bos = self._own_bos()
+        # Where an answer begins, a model that generates begins a new token.
+        self._in_pieces = all(self._ids(a + b) == self._ids(a) + self._ids(b) for a, b in (("\n", "x"), ("x", " y")))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides the documents: the tokenizer, the chat template and `supervise`."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            content = tokenizer.backend_tokenizer.to_str()
+        else:
+            content = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer.init_kwargs)])
+        template = self.chat_template or tokenizer.chat_template
+        settings = json.dumps([template, tokenizer.special_tokens_map, self.supervise], sort_keys=True, default=str)
+        return hashlib.sha256(f"{content}\0{settings}".encode()).hexdigest()
+
+    @cached_property
+    def _turns(self) -> TurnRenderer:
+        return TurnRenderer(self.tokenizer, self.chat_template)
+
+    def encode(self, rows: Sequence[Row], first_row: int = 0) -> tuple[list[Document], Counter[str]]:
+        """Documents of `rows`, of which the first is number `first_row`, and counts by the names of `COUNTS`.
+
+        Nothing is truncated, and a row with nothing to supervise gives a document without labels. Raises `DataError`
+        for a conversation that the chat template refuses, and where there is none.
+        """
+        counts: Counter[str] = Counter()
+        texts: list[list[list[Segment]]] = [[] for _ in rows]
+        for number, row in enumerate(rows):
+            if row.messages is None:
+                texts[number] = [self._raw_text(row)]
+        chats = [number for number, row in enumerate(rows) if row.messages is not None]
+        if chats:
+            for number, rendered in zip(chats, self._chats([rows[number] for number in chats], counts), strict=True):
+                texts[number] = rendered
+        tokenize = self._tokenized_in_pieces if self._in_pieces else self._tokenized_whole
+        tokenized = tokenize([segments for row_texts in texts for segments in row_texts], counts)
+        origins = [first_row + number for number, row_texts in enumerate(texts) for _ in row_texts]
+        result = []
+        for (ids, labels), origin in zip(tokenized, origins, strict=True):
+            if self._bos and ids[:1] != self._bos:
+                ids, labels = [*self._bos, *ids], [IGNORE_INDEX, *labels]
+            labels[:1] = [IGNORE_INDEX]
+            result.append(Document(ids, labels, origin))
+        return result, +counts
+
+    # ---- text and what of it is supervised ---------------------------------------------------------------------------
+
+    def _chats(self, rows: Sequence[Row], counts: Counter[str]) -> list[list[list[Segment]]]:
+        if self.supervise == "all":
+            return [[[(text, True)]] for text in self._turns.whole(rows)]
+        result = [documents(turns) for turns in self._turns.turns(rows, self.supervise == "last_response", counts)]
+        for row_documents in result:
+            if len(row_documents) > 1:
+                counts["unrolled_conversations"] += 1
+                counts["unrolled_documents"] += len(row_documents)
+        empty = [number for number, row_documents in enumerate(result) if not row_documents]
+        for number, text in zip(empty, self._turns.whole([rows[number] for number in empty]), strict=True):
+            result[number] = [[(text, False)]]
+        return result
+
+    def _raw_text(self, row: Row) -> list[Segment]:
+        eos = self.tokenizer.eos_token or ""
+        completion = row.completion if row.completion.endswith(eos) else row.completion + eos
+        return [(row.prompt, self.supervise == "all"), (completion, True)]
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def _tokenized_in_pieces(
+        self, batch: Sequence[Sequence[Segment]], counts: Counter[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        pieces = iter(self._batch_ids([text for segments in batch for text, _ in segments]))
+        result = []
+        for segments in batch:
+            ids: list[int] = []
+            labels: list[int] = []
+            for (_, supervised), piece in zip(segments, pieces, strict=False):
+                ids += piece
+                labels += piece if supervised else [IGNORE_INDEX] * len(piece)
+            result.append((ids, labels))
+        return result
+
+    def _tokenized_whole(
+        self, batch: Sequence[Sequence[Segment]], counts: Counter[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        result = []
+        for segments in batch:
+            ids, cut = self._cuttable("".join(text for text, _ in segments))
+            labels = [IGNORE_INDEX] * len(ids)
+            end = 0
+            for text, supervised in segments:
+                start, end = end, end + len(text)
+                if supervised and text:
+                    (before, first), (last, after) = cut(start), cut(end)
+                    labels[first:last] = ids[first:last]
+                    counts["boundary_merged"] += (first > before) + (after > last)
+            result.append((ids, labels))
+        return result
+
+    def _cuttable(self, text: str) -> tuple[list[int], Callable[[int], tuple[int, int]]]:
+        """The ids of `text`, and for a place in it: how many tokens end before it, which is the first behind it."""
+        if self.tokenizer.is_fast:
+            encoding = self._backend().encode(text, add_special_tokens=False)
+            offsets = encoding.offsets
+            return encoding.ids, lambda place: (
+                bisect_right(offsets, place, key=itemgetter(1)),
+                bisect_left(offsets, place, key=itemgetter(0)),
+            )
+        ids = self._ids(text)
+
+        def cut(place: int) -> tuple[int, int]:
+            before = self._ids(text[:place])
+            shared = shared_length(before, ids)
+            return shared, shared + (shared < len(before))
+
+        return ids, cut
+
+    def _batch_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.tokenizer.is_fast:
+            return [self._ids(text) for text in texts]
+        return [encoding.ids for encoding in self._backend().encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _backend(self) -> Any:
+        """The fast tokenizer without what earlier calls may have left in it."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return backend
+
+    def _own_bos(self) -> list[int]:
+        """The BOS that the tokenizer puts before a plain text, if it does."""
+        bos = self.tokenizer.bos_token_id
+        puts_it = bos is not None and self.tokenizer.encode("x")[:1] == [bos] != self._ids("x")[:1]
+        return [bos] if puts_it else []
