@@ -1,0 +1,181 @@
+"""The story of a run, from a recipe to a directory with an adapter or a model in it.
+
+What lies in that directory is described in docs/output.md. Until training begins nothing is written there, so that a
+user's mistake leaves nothing half done.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from truetune.data.prepare import Prepared
+from truetune.launch import INTERRUPTED, launch, processes_to_start
+from truetune.models.load import check_model, load_model
+from truetune.recipe import Recipe, with_batch_split
+from truetune.run_callbacks import ShowProgress, StopOnInterrupt, WriteMetrics
+from truetune.run_data import Plan, make_plan, prepare_data, print_plan
+from truetune.run_model import (
+    add_lora,
+    check_adapter,
+    fit_embeddings,
+    hub_arguments,
+    load_adapter,
+    load_tokenizer,
+    lora_config,
+    model_path,
+    model_precision,
+)
+from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
+from truetune.run_record import MetricsFile, continued, finished, new_record, write_json
+from truetune.train.config import SFTConfig
+from truetune.train.errors import TrainError
+from truetune.train.recipe_trainer import RecipeTrainer
+
+
+@dataclass
+class RunResult:
+    """`plan` is None where other processes did the work; `trainer` is None there and after a dry run."""
+
+    output_dir: Path
+    plan: Plan | None = None
+    trainer: RecipeTrainer | None = None
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.interrupted else 0
+
+
+def train(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    num_processes: int | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Trains what `recipe` says and leaves it in `recipe.output_dir`.
+
+    dry_run: check and count all that needs no weights, and stop
+    resume: go on from the last checkpoint in the output directory
+    overwrite: a run that lies in the output directory may be replaced
+    num_processes: by default one a GPU; to start them, this program is run again once for each
+
+    The first Ctrl-C ends the training after its step, with a checkpoint. Raises `DataError`, `ModelError` or
+    `TrainError` for what the user can mend, and `SystemExit` with the code of a started process that failed.
+    """
+    output = Path(recipe.output_dir)
+    checkpoint = check_output(output, resume=resume, overwrite=overwrite)
+    count = None if dry_run else processes_to_start(num_processes, torch.cuda.device_count())
+    if count is not None:
+        code = launch(count, on_gpus=torch.cuda.is_available())
+        if code not in (0, INTERRUPTED):
+            raise SystemExit(code)  # the process that failed has said why
+        return RunResult(output, interrupted=code == INTERRUPTED)
+
+    args = training_arguments(recipe)
+    if not args.should_save:  # the first process speaks for all
+        console = Console(quiet=True)
+    console = console or Console()
+    check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
+    check_adapter(recipe)
+    lora_config(recipe.lora)
+    tokenizer, new_ids = load_tokenizer(recipe)
+    with args.main_process_first(desc="preparing data"):  # the others find it in the cache
+        data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
+    plan = make_plan(recipe, data, args)
+    print_plan(console, recipe, data, plan)
+    if dry_run:
+        return RunResult(output, plan)
+
+    with no_empty_directory(output):
+        trainer = make_trainer(recipe, args, tokenizer, new_ids, data, eval_data)
+        record = new_record(recipe, trainer, plan.to_dict(), data, eval_data)
+        if checkpoint is not None:
+            record = continued(record, output, checkpoint, recipe.allow)
+    interrupted = _fit(trainer, recipe, record, checkpoint, console)
+    if args.should_save:
+        print_next(console, recipe, tokenizer, interrupted)
+    return RunResult(output, plan, trainer, interrupted)
+
+
+def training_arguments(recipe: Recipe) -> SFTConfig:
+    """The recipe's `training`, what the recipe says elsewhere, and what this machine decides.
+
+    On a GPU, bf16 autocast (fp16 where that is the weights' precision) unless `training.bf16` says otherwise; on a CPU
+    the precision of the weights. Raises `TrainError` for what TRL refuses.
+    """
+    on_gpu = torch.cuda.is_available()
+    training = with_batch_split(recipe, int(os.environ.get("WORLD_SIZE", 1))).training
+    fp16 = training.get("fp16", on_gpu and recipe.precision == "fp16")
+    machine = {"fp16": fp16, "bf16": on_gpu and not fp16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
+    display = {"disable_tqdm": True, "logging_nan_inf_filter": False}  # a loss of NaN is shown as one
+    own = {"output_dir": recipe.output_dir, "max_length": recipe.max_length, "allow": list(recipe.allow)}
+    try:
+        return SFTConfig(**{**machine, **display, **training, **own})
+    except (TypeError, ValueError, ImportError) as error:
+        raise TrainError(f"the recipe's training is refused: {' '.join(str(error).split())}") from error
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    data: Prepared,
+    eval_data: Prepared | None,
+) -> RecipeTrainer:
+    """Weights at the recipe's precision, with its adapter, in a trainer. Raises `ModelError` and `TrainError`."""
+    set_seed(args.seed)  # before LoRA's A matrices are drawn
+    init_arguments = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    model: Any = load_model(
+        model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe), **init_arguments
+    )
+    fit_embeddings(model, len(tokenizer), new_ids)
+    if recipe.adapter is not None:
+        model = load_adapter(model, recipe.adapter)
+    elif recipe.method != "full":
+        model = add_lora(model, recipe.lora, new_ids)
+    return RecipeTrainer(
+        model,
+        args,
+        train_dataset=data.documents,
+        eval_dataset=None if eval_data is None else eval_data.documents,
+        processing_class=tokenizer,
+        pack=recipe.packing,
+    )
+
+
+def _fit(
+    trainer: RecipeTrainer, recipe: Recipe, record: dict[str, Any], checkpoint: Path | None, console: Console
+) -> bool:
+    """From the first step to the saved result, or to a checkpoint where interrupted, which it returns."""
+    output = Path(recipe.output_dir)
+    writes = trainer.args.should_save
+    metrics = WriteMetrics(MetricsFile(output / "metrics.jsonl"))
+    progress = ShowProgress(console, metrics)
+    stop = StopOnInterrupt(console)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (metrics, progress, stop):
+        trainer.add_callback(callback)
+
+    if writes:
+        begin_output(output, recipe, resume=checkpoint is not None)
+        metrics.file.begin(after_step=record["resumed_from"][-1] if checkpoint is not None else 0)
+        write_json(output / "run.json", record)
+    with stop.listening(), progress.shown():
+        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
+    if not interrupted:
+        if trainer.eval_dataset is not None and metrics.last_step("eval") != trainer.state.global_step:
+            trainer.evaluate()
+        save_result(trainer, output)
+    if writes:
+        write_json(output / "run.json", finished(record, trainer, trained.metrics, metrics.last, interrupted))
+    return interrupted
