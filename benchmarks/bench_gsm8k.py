@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 MODES = ("lora", "qlora", "full", "autocast")
-STEPS, WARM_UP = 24, 6
+STEPS, WARM_UP = 16, 6
 
 
 def build_model(directory: Path, data: Path) -> None:
@@ -195,6 +195,9 @@ def main() -> None:
     modes = options.modes.split(",")
     for mode in modes:
         for system in options.systems.split(","):
+            if (system, mode) == ("fp32", "autocast") and ("fp32", "full") in runs:
+                runs[system, mode] = runs["fp32", "full"]  # the same run: fp32 weights without autocast
+                continue
             environment = dict(os.environ)
             if system != "truetune" and options.peer_path:
                 environment["PYTHONPATH"] = f"{options.peer_path}:{environment.get('PYTHONPATH', '')}"
@@ -219,7 +222,7 @@ def main() -> None:
             "trl": trl.__version__,
         },
         "comparison": table,
-        "runs": list(runs.values()),
+        "runs": list({id(run): run for run in runs.values()}.values()),
     }
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -79,6 +79,16 @@ def test_a_packed_batch_only_gains_its_loss_rows():
     assert out.keys() == packed.keys() and all(out[key] is packed[key] for key in packed)
 
 
+def test_documents_that_only_positions_keep_apart_get_their_boundaries():
+    """TRL 1.15's padding-free batches, padding to a multiple included: each pad is a document of one token."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
+    ids = torch.arange(7)[None] + 1
+    out = unpad({"input_ids": ids, "labels": ids.clone(), "position_ids": positions})
+    assert out["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 7]
+    assert out["labels"].tolist() == [[-100, 2, 3, -100, 5, -100, -100]]
+    assert out["position_ids"].tolist() == positions.tolist()
+
+
 def with_(**changes):
     return {**padded([3, 2]), **changes}
 
@@ -96,7 +106,7 @@ def with_(**changes):
         (with_(labels=torch.ones(2, 3, dtype=torch.int64)), "labels stand on padding"),
         (with_(labels=torch.ones(2, 2, dtype=torch.int64)), "labels"),
         ({"inputs_embeds": torch.zeros(2, 3, 8)}, "input_ids"),
-        ({**with_(position_ids=torch.zeros(2, 3)), "attention_mask": None}, "without cu_seq_lens"),
+        ({**with_(position_ids=torch.zeros(2, 3)), "attention_mask": None}, "without attention_mask"),
     ],
 )
 def test_what_unpadding_would_change_passes_through(batch, reason):

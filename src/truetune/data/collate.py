@@ -61,7 +61,8 @@ def why_padded(batch: Mapping[str, Any]) -> str | None:
         return f"position_ids have the shape {list(positions.shape)}, not [B, S]"
     mask = batch.get("attention_mask")
     if mask is None:
-        return "position_ids come without cu_seq_lens or attention_mask" if positions is not None else None
+        packs = positions is not None and len(ids) > 1
+        return "position_ids of several rows come without attention_mask" if packs else None
     if mask.shape != ids.shape:
         return f"attention_mask has the shape {list(mask.shape)}, not [B, S]"
     # A gap would change the distances that a sliding window counts.
@@ -85,6 +86,12 @@ def unpad(batch: Mapping[str, Any]) -> dict[str, Any]:
     if "cu_seq_lens_q" in batch:
         return {**batch, "loss_rows": loss_rows(batch["labels"])}
     ids_BS, labels_BS = batch["input_ids"], batch["labels"]
+    if batch.get("attention_mask") is None and batch.get("position_ids") is not None:
+        # TRL 1.15 packs so: documents begin where positions do not go on.
+        positions_T = batch["position_ids"][0]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (positions_T.diff() != 1).nonzero().flatten() + 1])
+        lengths_D = torch.cat([starts, torch.tensor([len(positions_T)])]).diff()
+        return {**batch, **_packed(ids_BS[0], labels_BS[0], positions_T, lengths_D)}
     mask = batch.get("attention_mask")
     keep_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else mask.bool()
     if not keep_BS.any():
