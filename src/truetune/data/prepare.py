@@ -1,0 +1,281 @@
+"""Sources -> documents ready to pack: rows are read, encoded, cut to max_length, counted, and cached on disk."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from truetune.data.chat import Document, Encoder
+from truetune.data.errors import DataError
+from truetune.data.rows import Row, RowSet, Source, read_rows
+
+Supervise = Literal["responses", "last_response", "all"]
+Overflow = Literal["truncate", "split"]
+Encoded = tuple[list[Document], Counter[str]]
+
+IGNORE_INDEX = -100
+_ROWS_A_BATCH = 512
+
+
+@dataclass
+class Counts:
+    """What became of the rows. A document is one sequence that is trained; an unrolled row gives several.
+
+    truncated, split: documents over max_length of which something is trained; lost_tokens and lost_supervised are what
+    cutting took from them. dropped: documents without a supervised token, by reason; dropped_rows: rows that
+    have no document left. encoder: the encoder's own counts. lengths: documents by their tokens ("129-256": 17).
+    """
+
+    rows: int
+    documents: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    split: int = 0
+    lost_tokens: int = 0
+    lost_supervised: int = 0
+    dropped_rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    encoder: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Prepared:
+    """documents: columns input_ids (list of int32), labels (the same, -100 where not supervised) and row (int32, an
+    index into the rows of the RowSet), memory-mapped from the cache; lengths: int64 [documents], in tokens; shapes: the
+    recognised shape of each source; fingerprint: a hash of all that decides the documents."""
+
+    documents: datasets.Dataset
+    lengths: np.ndarray
+    counts: Counts
+    shapes: dict[str, str]
+    fingerprint: str
+    from_cache: bool
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    supervise: Supervise = "responses",
+    chat_template: str | None = None,
+    max_length: int | None,
+    overflow: Overflow = "truncate",
+    seed: int = 42,
+    cache_dir: str | os.PathLike[str] | None = None,
+    rows: RowSet | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Documents of at most `max_length` tokens from `sources`, or from `rows` if they have been read already.
+
+    Labels are made before anything is cut. overflow="truncate" keeps a document's first max_length tokens; "split" cuts
+    it into pieces of max_length, in each of which the first token is not supervised, for nothing comes before it.
+    Documents and pieces without a supervised token are dropped and counted. `progress(rows done, rows)` is called along
+    the way. The result is cached in `cache_dir` (truetune/ in the Datasets cache), keyed by the rows, the encoder, the
+    settings and the code. Raises DataError for unusable sources, and where no document is left.
+    """
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length is {max_length}, but a document of fewer than 2 tokens has nothing to predict")
+    if rows is None:
+        rows = read_rows(sources, seed=seed)
+    if not rows.rows:
+        raise DataError("there are no rows to train on: name data that has some, or take a larger share of it")
+    encoder = Encoder(tokenizer, chat_template=chat_template, supervise=supervise)
+    fingerprint = _fingerprint(rows.fingerprint, encoder.fingerprint, max_length, overflow)
+    directory = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "truetune"
+    path = directory / f"{fingerprint}.arrow"
+
+    counts = _cached_counts(path)
+    from_cache = counts is not None
+    if counts is None:
+        table, counts = _build(_encoded(encoder, rows.rows, progress), len(rows.rows), supervise, max_length, overflow)
+        _write(path, table, counts)
+    documents = datasets.Dataset.from_file(str(path))
+    return Prepared(documents, _lengths(documents.data.table), counts, rows.shapes, fingerprint, from_cache)
+
+
+def _encoded(encoder: Encoder, rows: Sequence[Row], progress: Callable[[int, int], None] | None) -> Iterator[Encoded]:
+    for first_row in range(0, len(rows), _ROWS_A_BATCH):
+        yield encoder.encode(rows[first_row : first_row + _ROWS_A_BATCH], first_row)
+        if progress is not None:
+            progress(min(first_row + _ROWS_A_BATCH, len(rows)), len(rows))
+
+
+def _build(
+    encoded: Iterable[Encoded], num_rows: int, supervise: Supervise, max_length: int | None, overflow: Overflow
+) -> tuple[pa.Table, Counts]:
+    """Cuts documents, drops those without a supervised token, and counts; raises DataError if none is left."""
+    counts = Counts(rows=num_rows)
+    dropped: Counter[str] = Counter()
+    encoder_counts: Counter[str] = Counter()
+    cut_off: list[tuple[int, int, int]] = []  # of dropped documents: row, tokens up to the first supervised one, tokens
+    tables: list[pa.Table] = []
+    rows_left: set[int] = set()
+    for documents, batch_counts in encoded:
+        encoder_counts += batch_counts
+        trained: list[Document] = []
+        for document in documents:
+            supervised = _num_supervised(document)
+            pieces = [piece for piece in _cut(document, max_length, overflow) if _num_supervised(piece)]
+            trained += pieces
+            tokens = len(document.input_ids)
+            if not supervised:
+                dropped["nothing_supervised"] += 1
+            elif not pieces:
+                dropped["supervised_tokens_cut_off"] += 1
+                first = next(i for i, label in enumerate(document.labels) if label != IGNORE_INDEX)
+                cut_off.append((document.row, first + 1, tokens))
+            elif max_length is not None and tokens > max_length:
+                counts.split += overflow == "split"
+                counts.truncated += overflow == "truncate"
+                counts.lost_tokens += tokens - sum(len(piece.input_ids) for piece in pieces)
+                counts.lost_supervised += supervised - sum(map(_num_supervised, pieces))
+        counts.supervised += sum(map(_num_supervised, trained))
+        rows_left.update(document.row for document in trained)
+        tables.append(_table(trained))
+    table = pa.concat_tables(tables)
+    lengths = _lengths(table)
+    if not len(lengths):
+        raise DataError(_why_nothing_is_left(num_rows, cut_off, supervise, max_length))
+    counts.documents = len(lengths)
+    counts.tokens = int(lengths.sum())
+    counts.dropped_rows = num_rows - len(rows_left)
+    counts.dropped = dict(dropped)
+    counts.encoder = dict(encoder_counts)
+    counts.lengths = _histogram(lengths)
+    return table, counts
+
+
+def _cut(document: Document, max_length: int | None, overflow: str) -> list[Document]:
+    tokens = len(document.input_ids)
+    if max_length is None or tokens <= max_length:
+        return [document]
+    starts = range(0, tokens, max_length) if overflow == "split" else range(1)
+    return [
+        Document(
+            document.input_ids[start : start + max_length],
+            [IGNORE_INDEX, *document.labels[start + 1 : start + max_length]],
+            document.row,
+        )
+        for start in starts
+    ]
+
+
+def _num_supervised(document: Document) -> int:
+    return len(document.labels) - document.labels.count(IGNORE_INDEX)
+
+
+def _table(documents: Sequence[Document]) -> pa.Table:
+    offsets = np.cumsum([0, *(len(document.input_ids) for document in documents)], dtype=np.int32)
+
+    def column(values: Iterable[int], length: int) -> pa.Array:
+        return pa.array(np.fromiter(values, np.int32, length))
+
+    tokens = int(offsets[-1])
+    ids = column(chain.from_iterable(document.input_ids for document in documents), tokens)
+    labels = column(chain.from_iterable(document.labels for document in documents), tokens)
+    return pa.table(
+        {
+            "input_ids": pa.ListArray.from_arrays(offsets, ids),
+            "labels": pa.ListArray.from_arrays(offsets, labels),
+            "row": column((document.row for document in documents), len(documents)),
+        }
+    )
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Documents in at most 16 ranges of tokens, as wide as a power of two."""
+    longest = int(lengths.max(initial=1))
+    width = max(1, 1 << ((longest - 1) // 16).bit_length())
+    counts = np.bincount((lengths - 1) // width).tolist()
+    return {f"{i * width + 1}-{(i + 1) * width}": count for i, count in enumerate(counts)}
+
+
+def _why_nothing_is_left(
+    num_rows: int, cut_off: Sequence[tuple[int, int, int]], supervise: Supervise, max_length: int | None
+) -> str:
+    if not cut_off:
+        return (
+            f"none of the {num_rows} rows has a token to learn from with supervise: {supervise}; a row needs an "
+            "assistant turn or a completion that is not empty"
+        )
+    lost = len({row for row, _, _ in cut_off})
+    first = min(up_to_first for _, up_to_first, _ in cut_off)
+    whole = max(tokens for _, _, tokens in cut_off)
+    rest = f", and the other {num_rows - lost} had none" if lost < num_rows else ""
+    return (
+        f"{lost} of {num_rows} rows lost all supervised tokens at max_length {max_length}{rest}: raise it (the first "
+        f"supervised token is kept from {first} on, every token from {whole} on)"
+    )
+
+
+def _fingerprint(*settings: str | int | None) -> str:
+    """Keys the cache: the settings, the code of this package, and the versions of what renders and tokenizes."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    versions = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
+    return hashlib.sha256(json.dumps([*settings, code.hexdigest(), *versions]).encode()).hexdigest()[:32]
+
+
+def _write(path: Path, table: pa.Table, counts: Counts) -> None:
+    """One Arrow stream, its counts and a checksum in the schema's metadata, written beside and renamed into place."""
+    about = {"counts": counts.to_dict(), "checksum": _checksum(table)}
+    table = table.replace_schema_metadata({"truetune": json.dumps(about)})
+    beside = path.with_suffix(f".{uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        beside.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"prepared data cannot be cached in {path.parent} ({error.strerror or error}): set HF_DATASETS_CACHE to a "
+            "directory that can be written"
+        ) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _cached_counts(path: Path) -> Counts | None:
+    """The counts of a whole cached file, or None where there is none or it is damaged."""
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+        about = json.loads(table.schema.metadata[b"truetune"])
+        return Counts(**about["counts"]) if about["checksum"] == _checksum(table) else None
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(table: pa.Table) -> int:
+    checksum = zlib.crc32(_lengths(table).data)
+    for name in table.column_names:
+        for chunk in table[name].chunks:
+            values = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+            checksum = zlib.crc32(values.to_numpy().data, checksum)
+    return checksum
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in table["input_ids"].chunks]).astype(np.int64)
