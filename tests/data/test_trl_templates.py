@@ -1,10 +1,11 @@
 """Labels under every chat template that TRL ships, against what `apply_chat_template` gives at inference.
 
-The tokenizer is a byte-level BPE trained on GSM8K that holds each template's special tokens. The oracle knows nothing of
-the encoder: the prompt of a turn is tokenized by `apply_chat_template(..., add_generation_prompt=True)`, and its answer is
-what the rendering with the turn has behind that, up to the terminator of `ENDS`. Where a rendering does not follow from
-its generation prompt, the answer stands in `ANSWERS`, in full.
+The tokenizer is a byte-level BPE trained on GSM8K that holds each template's special tokens. The oracle knows nothing
+of the encoder: a turn's prompt is tokenized by `apply_chat_template(..., add_generation_prompt=True)`, and its answer
+is what the rendering with the turn has behind that, up to the terminator of `ENDS`. Where a rendering does not follow
+from its generation prompt, the answer stands in `ANSWERS`, in full.
 """
+# ruff: noqa: RUF001 (DeepSeek's tokens are written with full-width bars)
 
 import copy
 import re
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import train_tokenizer
 
+from conftest import train_tokenizer
 from truetune.data.chat import Encoder
 from truetune.data.errors import DataError
 from truetune.data.rows import Row
@@ -162,8 +163,8 @@ MASK_ALSO_COVERS = {
 }
 # Where the trained text itself is another one, and why.
 MASK_DIFFERS = {
-    # TRL's templates leave out `reasoning_content`, and write no thinking block although their prompt begins one; that of
-    # DeepSeek-V3 leaves out thinking in content too.
+    # TRL's templates leave out `reasoning_content`, and write no thinking block although their prompt begins one; that
+    # of DeepSeek-V3 leaves out thinking in content too.
     "deepseek_r1": ("single", "many", "system", "thinking"),
     "deepseekv3": tuple(CHATS),
     # TRL's mask does not cover the token that a call of a tool stops on, nor the header behind a tool's result, which
@@ -190,18 +191,18 @@ def trained(gsm8k_rows):
 
 @pytest.fixture(scope="module")
 def template(request, trained):
-    """A template's name and a tokenizer that has it, with its special tokens."""
+    """A template's name, a tokenizer that has it with its special tokens, and its encoder."""
     tokenizer = copy.deepcopy(trained)
     tokenizer.chat_template = TEMPLATES[request.param]
     tokens = sorted(set(SPECIAL_TOKENS.findall(tokenizer.chat_template)))
     tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": tokens})
-    return request.param, tokenizer
+    return request.param, tokenizer, Encoder(tokenizer)
 
 
 @pytest.fixture
 def render(template):
     """`apply_chat_template` for a chat's first `turns` messages, as a server would call it."""
-    name, tokenizer = template
+    name, tokenizer, _ = template
     in_parts = name in ("idefics3", "smolvlm", "llava_next")
 
     def apply(chat, turns, **settings):
@@ -217,9 +218,9 @@ def render(template):
     return apply
 
 
-def encode(tokenizer, chat):
+def encode(encoder, chat):
     row = Row(messages=CHATS[chat], tools=TOOLS if "tools" in chat else None, origin="chats.jsonl:1")
-    return Encoder(tokenizer).encode([row])
+    return encoder.encode([row])
 
 
 def spans(document):
@@ -251,14 +252,14 @@ def expected_answer(name, chat, turn, prompt, whole):
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("template", PLAIN, indirect=True)
 def test_answers_are_supervised_behind_the_prompt_that_inference_gives(template, render, chat):
-    name, tokenizer = template
+    name, tokenizer, encoder = template
     if listed(REFUSES.get(chat, ()), name):
-        with pytest.raises(DataError, match="^chats.jsonl:1: the chat template refuses"):
-            encode(tokenizer, chat)
+        with pytest.raises(DataError, match=r"^chats\.jsonl:1: the chat template refuses"):
+            encode(encoder, chat)
         return
     if not (of(ENDS, name) or of(STOPS, name)):
         pytest.fail(f"{name} is new in TRL: give it an entry in ENDS")
-    documents, counts = encode(tokenizer, chat)
+    documents, counts = encode(encoder, chat)
     think = {"enable_thinking": True} if chat in (of(PROMPTED_TO_THINK, name) or ()) else {}
     wanted = {}
     for turn in turns_to_supervise(name, chat):
@@ -288,8 +289,8 @@ def test_answers_are_supervised_behind_the_prompt_that_inference_gives(template,
     indirect=["template"],
 )
 def test_trl_assistant_mask_covers_the_same_answers(template, render, chat):
-    name, tokenizer = template
-    documents, _ = encode(tokenizer, chat)
+    name, tokenizer, encoder = template
+    documents, _ = encode(encoder, chat)
     ours = [tokenizer.decode(document.input_ids[start:end]) for document in documents for start, end in spans(document)]
     known = []
     for turn, answer in zip(turns_to_supervise(name, chat), ours, strict=True):

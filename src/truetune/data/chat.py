@@ -2,13 +2,14 @@
 
 What is supervised is decided on text (turns.py). Here the text is tokenized in pieces that end where supervision begins
 and ends, so that the ids before an answer are those of the generation prompt, as at inference, and no token is half
-supervised. Tokenizers that put a space in front of a text cannot be given pieces: their documents are tokenized whole,
-and a token on both sides of a boundary is left unsupervised.
+supervised. Some tokenizers cannot be given pieces: they put a space in front of a text (Llama 2), or have special tokens
+that swallow the white space behind them (Phi). Their documents are tokenized whole, and a token across the beginning of
+an answer is left unsupervised.
 """
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ COUNTS = {
     "unrolled_documents": "documents that came of them",
     "empty_think_supervised": "turns that train an empty thinking block; chat_template_kwargs "
     '{"enable_thinking": false} in a row puts it into the prompt where the template knows it',
-    "boundary_merged": "tokens across the edge of an answer, left unsupervised",
+    "boundary_merged": "answers whose first letters share a token with the prompt, which is not supervised",
     "eos_appended": "turns that the chat template ends with no token, ended with EOS",
     "turns_without_end": "turns that nothing ends: the chat template has no token for it, the tokenizer no EOS",
     "opening_turns_unsupervised": "assistant turns that nobody has asked for, not supervised",
@@ -80,7 +81,9 @@ class Encoder:
         self.supervise = supervise
         self._bos = self._own_bos()
         # Where an answer begins, a model that generates begins a new token.
-        self._in_pieces = all(self._ids(a + b) == self._ids(a) + self._ids(b) for a, b in (("\n", "x"), ("x", " y")))
+        self._in_pieces = all(
+            self._ids(a + b) == self._ids(a) + self._ids(b) for a, b in (("\n", "x"), ("x", " y"))
+        ) and not any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,35 +168,37 @@ class Encoder:
     ) -> list[tuple[list[int], list[int]]]:
         result = []
         for segments in batch:
-            ids, cut = self._cuttable("".join(text for text, _ in segments))
+            ids, first_token = self._located("".join(text for text, _ in segments))
             labels = [IGNORE_INDEX] * len(ids)
             end = 0
             for text, supervised in segments:
                 start, end = end, end + len(text)
                 if supervised and text:
-                    (before, first), (last, after) = cut(start), cut(end)
+                    (first, crossed), (last, _) = first_token(start), first_token(end)
                     labels[first:last] = ids[first:last]
-                    counts["boundary_merged"] += (first > before) + (after > last)
+                    counts["boundary_merged"] += crossed
             result.append((ids, labels))
         return result
 
-    def _cuttable(self, text: str) -> tuple[list[int], Callable[[int], tuple[int, int]]]:
-        """The ids of `text`, and for a place in it: how many tokens end before it, which is the first behind it."""
+    def _located(self, text: str) -> tuple[list[int], Callable[[int], tuple[int, bool]]]:
+        """The ids of `text`, and for a place in it the first token from there and whether the one before crosses it."""
         if self.tokenizer.is_fast:
             encoding = self._backend().encode(text, add_special_tokens=False)
             offsets = encoding.offsets
-            return encoding.ids, lambda place: (
-                bisect_right(offsets, place, key=itemgetter(1)),
-                bisect_left(offsets, place, key=itemgetter(0)),
-            )
+
+            def first_token(place: int) -> tuple[int, bool]:
+                first = bisect_left(offsets, place, key=itemgetter(0))
+                return first, first > 0 and offsets[first - 1][1] > place
+
+            return encoding.ids, first_token
         ids = self._ids(text)
 
-        def cut(place: int) -> tuple[int, int]:
+        def first_token_slowly(place: int) -> tuple[int, bool]:
             before = self._ids(text[:place])
             shared = shared_length(before, ids)
-            return shared, shared + (shared < len(before))
+            return shared + (shared < len(before)), shared < len(before)
 
-        return ids, cut
+        return ids, first_token_slowly
 
     def _batch_ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.tokenizer.is_fast:

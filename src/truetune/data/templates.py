@@ -36,7 +36,7 @@ _CHATML = """\
     {%- endif %}
     {{- '<|im_end|>\\n' }}
 {%- endif %}
-{%- for message in messages if not (loop.first and message.role == 'system') %}
+{%- for message in (messages[1:] if messages[0].role == 'system' else messages) %}
     {{- '<|im_start|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' and message.reasoning_content %}
         {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
@@ -67,7 +67,7 @@ _LLAMA3 = """\
 _GEMMA = """\
 {{- bos_token }}
 {%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
-{%- for message in messages if not (loop.first and message.role == 'system') %}
+{%- for message in (messages[1:] if messages[0].role == 'system' else messages) %}
     {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
     {{- system if loop.first }}
     {{- message.content + '<end_of_turn>\\n' }}

@@ -266,9 +266,7 @@ class TurnRenderer:
                     for messages in (chat, [*chat, {"role": "user", "content": _FOLLOW_UP}])
                 )
             except TemplateSyntaxError as error:
-                raise DataError(
-                    f"the chat template is not valid Jinja (line {error.lineno}: {error.message})"
-                ) from None
+                raise DataError(f"the chat template is no valid Jinja (line {error.lineno}: {error.message})") from None
             except _TEMPLATE_FAILURES:
                 continue
             if _QUESTION in last and _REPLY in last and _FOLLOW_UP in followed:
