@@ -8,6 +8,7 @@ B: rows, S: row length, T: tokens of a pack, N: documents, H: query heads, G: ke
 """
 
 import collections
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import or_masks, sdpa_mask
 
 from truetune.models.attention_backends import Documents, Needs, Scores, attend, attention_reference, choose_backend
 from truetune.models.errors import ModelError
 
 ATTENTION_NAME = "truetune"  # Transformers reads meaning into names with "flash", "sdpa", "flex_attention", "/" or "|"
+_CHANGES_SCORES = ("position_bias", "indices", "block_indices")  # what models give the interface, and packs do not take
 attention_calls: collections.Counter[str] = collections.Counter()  # packed calls of this process, by backend
 
 
@@ -69,7 +71,7 @@ def _documents_of_positions(position_T: torch.Tensor) -> Documents | None:
 
 def _mask(**arguments) -> torch.Tensor | PackMask | None:
     """Our `AttentionMaskInterface` function, called once per forward pass and kind of layer."""
-    first = arguments.get("q_offset", 0)
+    first, sees = arguments.get("q_offset", 0), arguments.get("mask_function")
     one_causal_row = (
         arguments["batch_size"] == 1
         and arguments["q_length"] == arguments["kv_length"]
@@ -78,6 +80,7 @@ def _mask(**arguments) -> torch.Tensor | PackMask | None:
         and first == 0
         and not arguments.get("allow_is_bidirectional_skip", False)
         and not arguments.get("use_vmap", False)  # a mask function of the model's own
+        and getattr(sees, "__name__", None) != or_masks().__name__  # image tokens see those after them
     )
     return PackMask(arguments) if one_causal_row else sdpa_mask(**arguments)
 
@@ -113,7 +116,8 @@ def _attention(
         documents = None if cu_seq_lens is None else Documents(cu_seq_lens, max_length)
         mask = attention_mask
     if documents is not None:
-        if not is_causal or mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        own = [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]
+        if own or not is_causal or mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
             raise ModelError(
                 f"{type(module).__name__} got cu_seq_lens with padding, a cache, several rows or a mask of its own: "
                 "give one causal row of documents without attention_mask and past_key_values."
@@ -157,9 +161,13 @@ class AttentionReport:
     """What `use_varlen_attention` did. `reasons`: for every better backend, why it was passed over."""
 
     asked: str
-    in_effect: str
+    backends: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+
+    @property
+    def in_effect(self) -> str:
+        return " and ".join(self.backends)
 
 
 def use_varlen_attention(model: PreTrainedModel, dtype: torch.dtype | None = None) -> AttentionReport:
@@ -176,21 +184,25 @@ def use_varlen_attention(model: PreTrainedModel, dtype: torch.dtype | None = Non
     else:
         names = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
         model.set_attn_implementation(dict.fromkeys(names, ATTENTION_NAME))
-    layers = _attention_layers(model)
+    layers = _attention_layers(_text_tower(model))
     if any(layer.config._attn_implementation != ATTENTION_NAME for layer in layers):
         raise ModelError(f"{type(model).__name__} did not take over our attention: train it with packing off.")
-    backend, passed_over = choose_backend(_needs(layers), model.device, dtype or model.dtype)
-    return AttentionReport("variable-length", backend.name, list(passed_over), _windows(config))
+    report = AttentionReport(asked="variable-length", windows=_windows(config))
+    for needs in dict.fromkeys(_needs(layer) for layer in layers):  # Gemma 4's heads differ between layers
+        backend, passed_over = choose_backend(needs, model.device, dtype or model.dtype)
+        report.backends = list(dict.fromkeys([*report.backends, backend.name]))
+        report.reasons = list(dict.fromkeys([*report.reasons, *passed_over]))
+    return report
 
 
-def _text_tower(model: PreTrainedModel) -> PreTrainedModel:
+def _text_tower(model: PreTrainedModel) -> PreTrainedModel | None:
     config = model.config.get_text_config()
-    return next(m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config), None)
 
 
-def _attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The text tower's modules that call the attention interface: those that say whether they are causal."""
-    modules = (m for m in _text_tower(model).modules() if not isinstance(m, PreTrainedModel))
+def _attention_layers(tower: PreTrainedModel | None) -> list[Any]:
+    """The modules that call the attention interface: those that say whether they are causal."""
+    modules = (m for m in tower.modules() if not isinstance(m, PreTrainedModel)) if tower is not None else ()
     return [m for m in modules if hasattr(m, "is_causal") and hasattr(m, "config")]
 
 
@@ -200,8 +212,7 @@ def _windows(config: PreTrainedConfig) -> list[int]:
     return [window] if window is not None and "sliding_attention" in kinds else []
 
 
-def _needs(layers: list[Any]) -> Needs:
-    layer = layers[0]
+def _needs(layer: Any) -> Needs:
     head_dim = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
     return Needs(
         head_dim=head_dim or layer.config.hidden_size // layer.config.num_attention_heads,
@@ -216,21 +227,22 @@ _MIXES_TOKENS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 
 
 def why_not_packable(model: PreTrainedModel) -> str | None:
-    """One sentence on why this model's documents could see each other when packed, or None: they cannot."""
+    """One sentence on why this model's documents could see each other when packed, or None: they cannot.
+
+    Known to be safe are decoders whose layers all attend, fully or in a sliding window, through Transformers' attention
+    interface, and mix tokens in no other way. What is not known is refused.
+    """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder, and only decoders are packed."
-    config = model.config.get_text_config()
+    config, tower = model.config.get_text_config(), _text_tower(model)
     others = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if others:
         return f"{name} has layers that are neither full nor sliding attention ({', '.join(sorted(others))})."
-    tower = _text_tower(model)
-    if not (tower.is_backend_compatible() and tower._can_set_attn_implementation()):
+    if tower is None or not (tower.is_backend_compatible() and tower._can_set_attn_implementation()):
         return f"{name} does not call Transformers' attention interface, through which document boundaries come."
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"{name} attends within chunks that are counted from the row's first token."
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
-        return f"{name} has ALiBi positions, which are counted from the row's first token."
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         return f"{name} has three-dimensional positions."
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
@@ -238,9 +250,12 @@ def why_not_packable(model: PreTrainedModel) -> str | None:
     mixers = {type(m).__name__ for m in tower.modules() if isinstance(m, _MIXES_TOKENS)}
     if mixers:
         return f"{name} has layers that mix neighbouring tokens ({', '.join(sorted(mixers))})."
-    layers = _attention_layers(model)
+    layers = _attention_layers(tower)
     if not layers:
         return f"{name} has no attention layers that are known to keep documents apart."
     if not all(layer.is_causal for layer in layers):
         return f"{name} has attention layers that are not causal."
+    windows = _windows(config)
+    if windows and not any("sliding_window=" in inspect.getsource(type(layer).forward) for layer in layers):
+        return f"{name} keeps its window of {windows[0]} tokens to its masks, and packs have none."
     return None

@@ -133,11 +133,17 @@ def _flash_attention_2(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores
     )
 
 
+@functools.cache
+def _grouped_query_keyword() -> dict[str, bool]:
+    """torch 2.11 takes fewer key heads than query heads as they come; later ones want to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 def _torch_varlen(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads as they come; later ones want to be told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
         q_THD,
         k_TGD,
@@ -148,7 +154,7 @@ def _torch_varlen(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> 
         documents.max_length,
         scale=scores.scaling,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
-        **grouped,
+        **_grouped_query_keyword(),
     )
 
 
