@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from truetune import recipe_words
 from truetune.recipe import Recipe, RecipeError, load_recipe, recipe_template, with_batch_split
 from truetune.recipe_schema import KEYS
 
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 BASE = {"model": "m", "data": "chats.jsonl"}
 
 
@@ -144,7 +146,7 @@ def test_null_is_written_in_each_usual_way(written, null):
         ("training.warmup_steps=10", "training", "warmup_steps", 10),
         ("training.optim=sgd", "training", "optim", "sgd"),
         ("training.dataset_num_proc=none", "training", "dataset_num_proc", None),
-        ("training.embedding_learning_rate=5e-5", "training", "embedding_learning_rate", 5e-5),
+        ("training.weight_decay=5e-5", "training", "weight_decay", 5e-5),
         ("training.report_to=wandb,tensorboard", "training", "report_to", ["wandb", "tensorboard"]),
         (
             "training.model_init_kwargs={attn_implementation: sdpa}",
@@ -223,6 +225,21 @@ def test_columns_and_a_second_source_from_the_command_line():
     recipe = load("data.0.columns.prompt=question", "data.0.columns.completion=answer", "data.1.path=more.jsonl")
     assert recipe.data[0].columns == {"prompt": "question", "completion": "answer"}
     assert recipe.data[1].path == "more.jsonl"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["method=full", "lora.modules_to_save=[lm_head]", "lora.trainable_token_indices=[1]", "chat_template=chatml"],
+)
+def test_an_embedding_learning_rate_is_taken_where_embeddings_train(override):
+    load("training.embedding_learning_rate=1e-5", override)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
+def test_the_recipes_load_and_name_their_command(path):
+    recipe = load_recipe(str(path))
+    assert f"truetune train recipes/{path.name}" in path.read_text(encoding="utf-8")
+    assert recipe.output_dir.startswith("runs/")
 
 
 def test_what_the_user_set_is_known():
@@ -386,6 +403,8 @@ def test_a_value_that_cannot_be_is_an_error_with_the_mend(override, named):
         (["method=full", "lora.r=8"], "`lora.r`"),
         (["method=full", "adapter=runs/a"], "`adapter`"),
         (["adapter=runs/a", "lora.r=8"], "`lora.r`"),
+        (["training.embedding_learning_rate=1e-5"], "`lora.modules_to_save`"),
+        (["method=full", "training.loraplus_lr_ratio=16"], "needs LoRA"),
     ],
 )
 def test_keys_that_contradict_each_other_are_an_error(overrides, named):

@@ -1,6 +1,7 @@
 """The commands. No logic: each reads its options, and imports what it needs when it runs, so that --help is quick."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +36,19 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, which s
 OVERWRITE = "Replace what the output directory holds."
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -172,10 +179,10 @@ def _mistakes() -> tuple[type[ValueError], ...]:
 
 
 def _say(message: str) -> None:
-    message = message.strip()
-    if not message:  # the help was asked for by giving nothing, and is printed
-        return
-    print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
+    """One sentence on stderr; where it quotes another library's sentences, semicolons join them."""
+    message = re.sub(r"[.!?] (?=[A-Z])", "; ", " ".join(message.split()))
+    if message:  # empty: the help was shown for want of a command
+        print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
 
 
 def _usage(error: Any) -> str:

@@ -231,6 +231,7 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.method == "full" and recipe.precision == "nf4":
         raise RecipeError("4-bit weights cannot be trained whole: use `method: qlora`, or another `precision`.")
+    _check_learning_rates(recipe)
     if recipe.eval_data is None and recipe.training.get("eval_strategy", "no") != "no":
         raise RecipeError("`training.eval_strategy` needs something to evaluate on: set `eval_data`, 0.05 say.")
     if isinstance(recipe.eval_data, float) and not 0 < recipe.eval_data < 1:
@@ -239,6 +240,20 @@ def _check(recipe: Recipe) -> None:
         if source.weight <= 0:
             raise RecipeError(f"The weight of {source.path} is {source.weight:g}: it must be above 0.")
     _check_output_dir(recipe.output_dir)
+
+
+def _check_learning_rates(recipe: Recipe) -> None:
+    """The part of what the optimizer would refuse that can be seen before a model is loaded."""
+    lora, training = recipe.lora, recipe.training
+    if recipe.method == "full" and training.get("loraplus_lr_ratio") is not None:
+        raise RecipeError("`training.loraplus_lr_ratio` needs LoRA, but `method` is full: remove it, or use lora.")
+    no_embedding = lora.get("target_modules") == "all-linear" and recipe.chat_template is None
+    no_embedding = no_embedding and not (lora.get("modules_to_save") or lora.get("trainable_token_indices"))
+    if no_embedding and training.get("embedding_learning_rate") is not None:
+        raise RecipeError(
+            "`training.embedding_learning_rate` is set, but no embedding is trained: set `lora.modules_to_save` to "
+            "[embed_tokens, lm_head], or remove it."
+        )
 
 
 def _check_ranges(recipe: Recipe) -> None:
