@@ -37,7 +37,7 @@ def test_all_formats_give_the_same_rows(tmp_path):
 
 def test_rows_know_their_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b\u2028c"}\n{"text": "d"}\n')
-    (tmp_path / "b.json").write_text('[\n {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}\n]')
+    (tmp_path / "b.json").write_text('\n[ {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}\n]')
     (tmp_path / "c.json").write_text('{"n": 1,\n "data": [\n {"text": "a"},\n {"text": "b"}]}')
     (tmp_path / "d.csv").write_text('text\n"a\nb"\n\nc\n')
     lines = [row.origin.removeprefix(str(tmp_path)) for row in read_rows([Source(str(tmp_path / "*"))]).rows]

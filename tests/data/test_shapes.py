@@ -101,6 +101,8 @@ def test_sharegpt_names_become_roles(tmp_path, column):
     assert [message["role"] for message in row.messages] == ["system", "user", "user", *assistants, *tools]
     assert [message["content"] for message in row.messages] == [*names, "function_response", "tools"]
     assert all(set(message) == {"role", "content"} for message in row.messages)
+    row = one_row(tmp_path, {column: [{"from": "human", "value": "Hi", "name": "Ann", "weight": None}]})
+    assert row.messages == [{"role": "user", "content": "Hi", "name": "Ann"}]
 
 
 def test_sharegpt_function_calls_system_and_tools(tmp_path):
@@ -143,11 +145,8 @@ def test_prompt_and_completion_text_stay_raw_text(tmp_path):
     assert (row.messages, row.prompt, row.completion) == (None, "1 + 1 =", " 2")
 
 
-@pytest.mark.parametrize("prompt", ["Hi", CHAT[:1]])
-@pytest.mark.parametrize("completion", ["Hello", CHAT[1:]])
+@pytest.mark.parametrize(("prompt", "completion"), [(CHAT[:1], CHAT[1:]), (CHAT[:1], "Hello"), ("Hi", CHAT[1:])])
 def test_prompt_messages_are_never_supervised(tmp_path, prompt, completion):
-    if isinstance(prompt, str) and isinstance(completion, str):
-        pytest.skip("raw text")
     row = one_row(tmp_path, {"prompt": prompt, "completion": completion, "system": "Be brief."})
     assert row.messages == [{"role": "system", "content": "Be brief."}, *CHAT]
     assert row.first_supervised == 2

@@ -129,7 +129,7 @@ def _renamed(raw: RawRow, columns: Mapping[str, str]) -> RawRow:
             close = nearest(theirs, raw)
             mend = f"did you mean {close}" if close else f"the row has {', '.join(map(str, raw)) or 'no columns'}"
             raise DataError(f"there is no column `{theirs}` to read {ours} from: {mend}")
-    moved = set(columns.values())
+    moved = columns.values()
     kept = {name: value for name, value in raw.items() if name not in moved}
     return kept | {ours: raw[theirs] for ours, theirs in columns.items()}
 
