@@ -195,9 +195,7 @@ def _object(row: Any, origin: str, has_surrogates: bool) -> dict[str, Any]:
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise DataError(
-                f"{origin}: the row has half of a \\ud escape, which is no character: repair it"
-            ) from None
+            raise DataError(f"{origin}: the row has half of a \\ud escape, which is no character: repair it") from None
     return row
 
 

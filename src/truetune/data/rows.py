@@ -42,7 +42,7 @@ class Source:
     path: str
     split: str = "train"
     weight: float = 1.0
-    columns: Mapping[str, str] | None = None
+    columns: dict[str, str] | None = None
     revision: str | None = None
     name: str | None = None
 
