@@ -1,4 +1,5 @@
 import json
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -197,6 +198,18 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_directory(cha
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(DataError, match=r"cannot be cached in .*file.*HF_DATASETS_CACHE"):
         prepare(chats, tokenizer, max_length=200, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_a_write_that_breaks_off_leaves_nothing_behind(chats, tokenizer, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes a file
+    try:
+        with pytest.raises(DataError, match=r"cannot be cached in .*File too large"):
+            prepare(chats, tokenizer, max_length=200, cache_dir=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not prepare(chats, tokenizer, max_length=200, cache_dir=tmp_path / "cache").from_cache
 
 
 def test_rows_that_have_been_read_are_not_read_again(chats, tokenizer, tmp_path):

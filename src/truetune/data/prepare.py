@@ -29,6 +29,8 @@ Encoded = tuple[list[Document], Counter[str]]
 
 IGNORE_INDEX = -100
 _ROWS_A_BATCH = 512
+_COUNTS = b"truetune_counts"
+_CHECKSUM_BYTES = 4
 
 
 @dataclass
@@ -237,14 +239,16 @@ def _fingerprint(*settings: str | int | None) -> str:
 
 
 def _write(path: Path, table: pa.Table, counts: Counts) -> None:
-    """One Arrow stream, its counts and a checksum in the schema's metadata, written beside and renamed into place."""
-    about = {"counts": counts.to_dict(), "checksum": _checksum(table)}
-    table = table.replace_schema_metadata({"truetune": json.dumps(about)})
+    """An Arrow stream, the counts in its metadata, and a checksum; written beside and renamed into place."""
+    table = table.replace_schema_metadata({_COUNTS: json.dumps(counts.to_dict())})
     beside = path.with_suffix(f".{uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        with pa.ipc.new_stream(str(beside), table.schema) as writer:
             writer.write_table(table)
+        checksum = zlib.crc32(_bytes(beside))
+        with beside.open("ab") as file:
+            file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
         beside.replace(path)
     except OSError as error:
         raise DataError(
@@ -257,24 +261,18 @@ def _write(path: Path, table: pa.Table, counts: Counts) -> None:
 
 
 def _cached_counts(path: Path) -> Counts | None:
-    """The counts of a whole cached file, or None where there is none or it is damaged."""
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-            table = reader.read_all()
-        table.validate(full=True)
-        about = json.loads(table.schema.metadata[b"truetune"])
-        return Counts(**about["counts"]) if about["checksum"] == _checksum(table) else None
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+    """The counts of a cached file, or None where there is none or it is damaged."""
+    if not path.is_file() or path.stat().st_size <= _CHECKSUM_BYTES:
         return None
+    content = _bytes(path)
+    if zlib.crc32(content[:-_CHECKSUM_BYTES]) != int.from_bytes(content[-_CHECKSUM_BYTES:], "little"):
+        return None
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return Counts(**json.loads(reader.schema.metadata[_COUNTS]))
 
 
-def _checksum(table: pa.Table) -> int:
-    checksum = zlib.crc32(_lengths(table).data)
-    for name in table.column_names:
-        for chunk in table[name].chunks:
-            values = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
-            checksum = zlib.crc32(values.to_numpy().data, checksum)
-    return checksum
+def _bytes(path: Path) -> memoryview:
+    return np.memmap(path, np.uint8, "r").data
 
 
 def _lengths(table: pa.Table) -> np.ndarray:
