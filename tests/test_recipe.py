@@ -340,6 +340,11 @@ def test_an_unknown_key_in_a_file_names_its_line(written):
     )
 
 
+def test_a_wrong_value_from_the_command_line_does_not_blame_the_file(written):
+    assert "recipe.yaml:3" in error_of(written, "max_length: abc\n")
+    assert "recipe.yaml" not in error_of(written, "max_length: 1024\n", "max_length=abc")
+
+
 def test_the_words_of_other_tools_lead_to_keys_that_exist():
     import truetune.recipe_schema as module
 

@@ -68,8 +68,7 @@ def train(
     from truetune import run
 
     result = run.train(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, num_processes=num_processes)
-    if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()
