@@ -17,13 +17,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help through Rich takes twice as long
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Changes = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        metavar="RECIPE.yaml KEY=VALUE",
         help="A recipe, and keys that change it, such as max_length=4096 lora.r=32 training.learning_rate=1e-4.",
         show_default=False,
     ),
@@ -63,7 +64,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before training.")] = False,
     num_processes: Annotated[int | None, typer.Option(help="Processes, one a GPU.", show_default="one a GPU")] = None,
 ) -> None:
-    """Fine-tune by a recipe, by options, or by both."""
+    """Fine-tune a model by a recipe, options, or both."""
     recipe = _recipe(changes, model=model, data=data, method=method, output_dir=output)
     from truetune import run
 
@@ -79,7 +80,10 @@ def inspect(
     rows: Annotated[int | None, typer.Option(min=0, help="Rows to show.", show_default="3, with --json all")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the data as it will be trained: which tokens are supervised, what is cut, dropped and packed."""
+    """Show the data as it will be trained.
+
+    Which tokens are supervised, what is cut or dropped, how full the packs are. Needs tokenizer files alone.
+    """
     recipe = _recipe(changes, model=model, data=data)
     from rich.console import Console
 
@@ -104,7 +108,7 @@ def inspect(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show versions, devices, and which attention and kernels are in effect and why not better ones."""
+    """Show what this machine has and what is in effect on it."""
     from truetune import doctor
 
     found = doctor.gather()
@@ -116,7 +120,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml")) -> None:
-    """Write a recipe with every key, its default and a word about it."""
+    """Write a recipe that explains every key."""
     from truetune.recipe import write_template
 
     write_template(path)
@@ -129,7 +133,7 @@ def run_script(
         list[str], typer.Argument(metavar="SCRIPT.py|-m MODULE [ARGS]...", help="Passed on as they are.")
     ],
 ) -> None:
-    """Run a TRL script unchanged: its SFTTrainer and SFTConfig are truetune's."""
+    """Run a TRL script with truetune's SFTTrainer and SFTConfig."""
     from truetune.train import patch
 
     patch.run_script(script)
