@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from truetune.ops.backend import tl, triton, use_kernels
 from truetune.ops.scale_rows import scale_rows
@@ -42,14 +41,14 @@ if triton is not None:
     def _load_logits(
         row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
     ):  # fmt: skip
-        """The final logits; with neither bias nor softcap still to be scaled, which then costs nothing an element."""
+        """The final logits in the kernel's `unit`, which spares a product an element."""
         z = tl.load(row_ptr + cols, mask=cols < stride, other=float("-inf")).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
         if HAS_BIAS or HAS_SOFTCAP:
             z *= logit_scale
         if HAS_SOFTCAP:
-            z = tl.where(cols < V, softcap * _tanh(z / softcap), float("-inf"))
+            z = tl.where(cols < V, _tanh(z / softcap), float("-inf"))
         return z
 
     @triton.jit
@@ -78,7 +77,7 @@ if triton is not None:
             + tl.arange(0, LANES)[None, :, None] * VECTOR
             + tl.arange(0, VECTOR)[None, None, :]
         )
-        unit = 1.0 if HAS_BIAS or HAS_SOFTCAP else logit_scale  # of the loaded logits
+        unit = softcap if HAS_SOFTCAP else 1.0 if HAS_BIAS else logit_scale  # of the loaded logits, `z`
         unit_log2 = unit * _LOG2_E
 
         top = tl.full([LANES], _LOWEST, tl.float32)
@@ -150,14 +149,14 @@ if triton is not None:
                 if SMOOTHING:
                     grad -= uniform
                 if HAS_SOFTCAP:
-                    grad *= 1.0 - (z / softcap) * (z / softcap)
+                    grad *= 1.0 - z * z
                 tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=cols < stride)
             tl.debug_barrier()  # the target's logit and the padding are written a second time
             grad = tl.exp2((z_target - row_top) * unit_log2) * factor - row_weight
             if SMOOTHING:
                 grad += row_weight * smoothing - uniform
             if HAS_SOFTCAP:
-                grad *= 1.0 - (z_target / softcap) * (z_target / softcap)
+                grad *= 1.0 - z_target * z_target
             tl.store(row_ptr + target, grad.to(logits_ptr.dtype.element_ty), mask=is_label)
             padding = V + tl.arange(0, 64)
             tl.store(row_ptr + padding, float("-inf"), mask=padding < stride)
@@ -230,15 +229,16 @@ def _cross_entropy_chunk_torch(
     logits_CV: Tensor, bias_V: Tensor | None, rows: _Rows, loss: _Loss, write_grad: bool
 ) -> None:
     """`_cross_entropy_chunk` in plain PyTorch."""
-    z_CV = _final_logits(logits_CV, bias_V, loss.logit_scale, loss.softcap)
+    z_CV, slope_CV = _final_logits(logits_CV, bias_V, loss.logit_scale, loss.softcap)
     log_probs_CV = z_CV.log_softmax(-1)
     probs_CV = log_probs_CV.exp()
     target_C1 = rows.targets[:, None]
     nll_C = -log_probs_CV.gather(1, target_C1).squeeze(1)
     weights_C = (-nll_C).exp() if loss.dft else torch.ones_like(nll_C)
-    mean_nll_C = -log_probs_CV.mean(-1)
     rows.nll.copy_(nll_C)
-    rows.loss.copy_(weights_C * ((1 - loss.label_smoothing) * nll_C + loss.label_smoothing * mean_nll_C))
+    if loss.label_smoothing:
+        nll_C = (1 - loss.label_smoothing) * nll_C - loss.label_smoothing * log_probs_CV.mean(-1)
+    rows.loss.copy_(weights_C * nll_C)
     if rows.entropy.numel():
         rows.entropy.copy_(torch.special.entr(probs_CV).sum(-1))
         rows.is_top1.copy_(z_CV.argmax(-1) == rows.targets)
@@ -248,18 +248,23 @@ def _cross_entropy_chunk_torch(
         probs_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, loss.label_smoothing - 1, dtype=probs_CV.dtype))
         probs_CV -= loss.label_smoothing / z_CV.shape[1]
         probs_CV *= weights_C[:, None] * _gradient_scale(logits_CV.dtype)
-        if loss.softcap is not None:
-            probs_CV *= 1 - (z_CV / loss.softcap) ** 2
+        if slope_CV is not None:
+            probs_CV *= slope_CV
         logits_CV.copy_(probs_CV)
 
 
-def _final_logits(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
-    """What the GEMM gave, with bias, scale and softcap, in fp32 or fp64."""
+def _final_logits(
+    raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the GEMM gave, with bias, scale and softcap, in fp32 or fp64; and the slope of the softcap."""
     z = raw.to(precise(raw.dtype))
     if bias is not None:
         z = z + bias
     z = z * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is None:
+        return z, None
+    tanh = torch.tanh(z / softcap)
+    return softcap * tanh, 1 - tanh.detach() ** 2
 
 
 def _accumulate_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
@@ -345,6 +350,8 @@ def finish_gradients(
     ctx: Any, scale: Tensor, rows_K: Tensor, d_hidden_KH: Tensor, d_weight_VH: Tensor, d_bias_V: Tensor
 ):
     """The gradients of hidden, weight and bias in the inputs' dtypes: scaled in fp32, rounded once."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph=True.")
     d_hidden_NH = d_weight = d_bias = None
     needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -365,11 +372,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     remember_inputs(ctx, hidden_NH, weight_VH, bias_V, dtype, logit_scale)
     ctx.save_for_backward(rows_K, *output[4:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of [V, H] for the outputs that have no gradient
 
 
-@once_differentiable
-def _backward(ctx: Any, grad_loss: Tensor, *_):
-    return *finish_gradients(ctx, grad_loss, *ctx.saved_tensors), *[None] * 12
+def _backward(ctx: Any, grad_loss: Tensor | None, *_):
+    grads = [None] * 3 if grad_loss is None else finish_gradients(ctx, grad_loss, *ctx.saved_tensors)
+    return *grads, *[None] * 12
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
@@ -468,7 +476,7 @@ def reference_logits(hidden, weight, labels, bias, rows, softcap, logit_scale, i
     labels_N = labels.reshape(-1)
     rows_K = (labels_N != ignore_index).nonzero().squeeze(1) if rows is None else rows
     logits_KV = F.linear(hidden.reshape(-1, hidden.shape[-1])[rows_K], weight, bias)
-    return labels_N[rows_K], _final_logits(logits_KV, None, logit_scale, softcap)
+    return labels_N[rows_K], _final_logits(logits_KV, None, logit_scale, softcap)[0]
 
 
 def linear_cross_entropy_reference(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from truetune.ops.linear_cross_entropy import (
     check_inputs,
@@ -42,7 +41,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, rows_K)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_K: Tensor):
     # Rows are weighted relative to the largest gradient: products with small ones would vanish in half precision.
     largest = grad_K.abs().amax().clamp(min=torch.finfo(grad_K.dtype).tiny) if len(grad_K) else grad_K.sum()

@@ -11,22 +11,28 @@ from truetune.ops.backend import tl, triton, use_kernels
 if triton is not None:
 
     @triton.jit
-    def _scale_rows_kernel(x_ptr, rows_ptr, scale_ptr, out_ptr, width, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * width + cols, mask=cols < width).to(tl.float32) * tl.load(scale_ptr)
+    def _scale_rows_kernel(
+        x_ptr, rows_ptr, scale_ptr, out_ptr, K, H,
+        HAS_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]
+        col = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+        mask = (row < K) & (col < H)
+        x = tl.load(x_ptr + row * H + col, mask=mask).to(tl.float32) * tl.load(scale_ptr)
         if HAS_ROWS:
-            row = tl.load(rows_ptr + row)
-        tl.store(out_ptr + row * width + cols, x.to(out_ptr.dtype.element_ty), mask=cols < width)
+            row = tl.load(rows_ptr + row, mask=row < K, other=0)
+        tl.store(out_ptr + row * H + col, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(x_KH: Tensor, scale: Tensor, rows_K: Tensor | None, out_NH: Tensor) -> None:
     K, H = x_KH.shape
-    block = min(4096, triton.next_power_of_2(H))
+    block_h = min(4096, triton.next_power_of_2(H))
+    block_k = 4096 // block_h
     with torch.cuda.device_of(x_KH):
-        _scale_rows_kernel[(K, triton.cdiv(H, block))](
-            x_KH, rows_K, scale, out_NH, H, HAS_ROWS=rows_K is not None, BLOCK=block, num_warps=8
-        )
+        _scale_rows_kernel[(triton.cdiv(K, block_k), triton.cdiv(H, block_h))](
+            x_KH, rows_K, scale, out_NH, K, H,
+            HAS_ROWS=rows_K is not None, BLOCK_K=block_k, BLOCK_H=block_h, num_warps=8,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("truetune::scale_rows", mutates_args=())

@@ -1,0 +1,57 @@
+"""Tests of an operation run twice: in plain PyTorch, and through the kernels (on a CPU in Triton's interpreter)."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from truetune.ops import backend
+
+head = import_module(
+    "truetune.ops.linear_cross_entropy"
+)  # the module; `truetune.ops.linear_cross_entropy` is the function
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def device(request, monkeypatch):
+    """The device of the tensors; "kernels" prefers a GPU."""
+    if request.param == "plain":
+        yield "cpu"
+    elif torch.cuda.is_available():
+        yield "cuda"
+    else:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(backend, "FORCE_KERNELS", True)
+        monkeypatch.setattr(head, "_NUM_WARPS", 1)  # small tiles, so that a row has several
+        _round_in_the_interpreter(monkeypatch)
+        with np.errstate(all="ignore"):  # infinities meet in lanes whose results are masked
+            yield "cpu"
+
+
+@pytest.fixture
+def any_device() -> str:
+    """For what does not depend on the kernels: a GPU, or plain PyTorch on a CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _round_in_the_interpreter(monkeypatch) -> None:
+    """Triton 3.9's interpreter truncates fp32 to bf16; a GPU rounds to the nearest."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    truncating_cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, dtype):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return truncating_cast(self, source, dtype)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 4 rows, so that small tests have several."""
+    monkeypatch.setattr(head, "_chunk_rows", lambda *_: 4)
