@@ -194,6 +194,36 @@ def test_several_processes_may_prepare_the_same_at_once(chats, tokenizer, tmp_pa
     assert len([path for path in tmp_path.iterdir() if path.name != "chats.jsonl"]) == 1
 
 
+def test_processes_make_what_one_process_makes(tmp_path, tokenizer, gsm8k_rows):
+    path = tmp_path / "chats.jsonl"
+    write(path, [chat(row["question"], row["answer"]) for row in gsm8k_rows[:1500]] + [chat("No answer")])
+    done = []
+    alone, together = (
+        prepare(
+            [Source(str(path))],
+            tokenizer,
+            max_length=150,
+            num_proc=num_proc,
+            cache_dir=tmp_path / str(num_proc),
+            progress=lambda *rows: done.append(rows),
+        )
+        for num_proc in (1, 2)
+    )
+    assert together.documents.to_dict() == alone.documents.to_dict()
+    assert together.counts == alone.counts
+    assert alone.counts.dropped["nothing_supervised"] == 1
+    assert done == [(512, 1501), (1024, 1501), (1501, 1501)] * 2
+
+
+def test_a_mistake_found_by_a_process_is_told_as_any_other(tmp_path, tokenizer):
+    path = tmp_path / "chats.jsonl"
+    write(path, [chat("1 + 1?", "2"), chat("2 + 2?", "4")])
+    refusal = "{% if messages|length > 1 and '4' in messages[1].content %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    with pytest.raises(DataError, match=r"chats.jsonl:2: the chat template refuses the conversation \(no\)"):
+        prepare([Source(str(path))], tokenizer, max_length=150, num_proc=2, cache_dir=tmp_path)
+
+
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_directory(chats, tokenizer, tmp_path):
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(DataError, match=r"cannot be cached in .*file.*HF_DATASETS_CACHE"):

@@ -3,15 +3,20 @@
 import hashlib
 import json
 import os
+import signal
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 import datasets
@@ -25,10 +30,10 @@ from truetune.data.rows import Row, RowSet, Source, read_rows
 
 Supervise = Literal["responses", "last_response", "all"]
 Overflow = Literal["truncate", "split"]
-Encoded = tuple[list[Document], Counter[str]]
 
 IGNORE_INDEX = -100
 _ROWS_A_BATCH = 512
+_ROWS_A_PROCESS = 2000
 _COUNTS = b"truetune_counts"
 _CHECKSUM_BYTES = 4
 
@@ -73,6 +78,15 @@ class Prepared:
     from_cache: bool
 
 
+class _Batch(NamedTuple):
+    """The trained documents of some rows. cut_off: of documents that lost all supervision to max_length, the row, the
+    tokens up to the first supervised one, and all tokens."""
+
+    documents: pa.Table
+    counts: Counts
+    cut_off: list[tuple[int, int, int]]
+
+
 def prepare(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
@@ -83,6 +97,7 @@ def prepare(
     overflow: Overflow = "truncate",
     seed: int = 42,
     cache_dir: str | os.PathLike[str] | None = None,
+    num_proc: int | None = None,
     rows: RowSet | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
@@ -90,9 +105,10 @@ def prepare(
 
     Labels are made before anything is cut. overflow="truncate" keeps a document's first max_length tokens; "split" cuts
     it into pieces of max_length, in each of which the first token is not supervised, for nothing comes before it.
-    Documents and pieces without a supervised token are dropped and counted. `progress(rows done, rows)` is called along
-    the way. The result is cached in `cache_dir` (truetune/ in the Datasets cache), keyed by the rows, the encoder, the
-    settings and the code. Raises DataError for unusable sources, and where no document is left.
+    Documents and pieces without a supervised token are dropped and counted. `num_proc` forked processes do the work, by
+    default one a core where the rows are many; `progress(rows done, rows)` is called along the way. The result is
+    cached in `cache_dir` (truetune/ in the Datasets cache), keyed by the rows, the encoder, the settings and the code.
+    Raises DataError for unusable sources, and where no document is left.
     """
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length is {max_length}, but a document of fewer than 2 tokens has nothing to predict")
@@ -108,62 +124,95 @@ def prepare(
     counts = _cached_counts(path)
     from_cache = counts is not None
     if counts is None:
-        table, counts = _build(_encoded(encoder, rows.rows, progress), len(rows.rows), supervise, max_length, overflow)
+        work = partial(_prepare_batch, encoder, rows.rows, max_length, overflow)
+        batches: list[_Batch] = []
+        for batch in _batches(work, len(rows.rows), num_proc or _num_proc(len(rows.rows))):
+            batches.append(batch)
+            if progress is not None:
+                progress(min(len(batches) * _ROWS_A_BATCH, len(rows.rows)), len(rows.rows))
+        counts = _total(batch.counts for batch in batches)
+        if not counts.documents:
+            cut_off = [lost for batch in batches for lost in batch.cut_off]
+            raise DataError(_why_nothing_is_left(counts.rows, cut_off, supervise, max_length))
+        table = pa.concat_tables(batch.documents for batch in batches)
+        counts.lengths = _histogram(_lengths(table))
         _write(path, table, counts)
     documents = datasets.Dataset.from_file(str(path))
     return Prepared(documents, _lengths(documents.data.table), counts, rows.shapes, fingerprint, from_cache)
 
 
-def _encoded(encoder: Encoder, rows: Sequence[Row], progress: Callable[[int, int], None] | None) -> Iterator[Encoded]:
-    for first_row in range(0, len(rows), _ROWS_A_BATCH):
-        yield encoder.encode(rows[first_row : first_row + _ROWS_A_BATCH], first_row)
-        if progress is not None:
-            progress(min(first_row + _ROWS_A_BATCH, len(rows)), len(rows))
+def _batches(work: Callable[[int], _Batch], num_rows: int, num_proc: int) -> Iterator[_Batch]:
+    """The batches of rows in their order, made by this process or by `num_proc` others."""
+    first_rows = range(0, num_rows, _ROWS_A_BATCH)
+    if num_proc == 1:
+        yield from map(work, first_rows)
+        return
+    with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (work,)) as pool:
+        yield from pool.map(_in_worker, first_rows)
 
 
-def _build(
-    encoded: Iterable[Encoded], num_rows: int, supervise: Supervise, max_length: int | None, overflow: Overflow
-) -> tuple[pa.Table, Counts]:
-    """Cuts documents, drops those without a supervised token, and counts; raises DataError if none is left."""
-    counts = Counts(rows=num_rows)
+_work: Callable[[int], _Batch]  # of a worker process
+
+
+def _start_worker(work: Callable[[int], _Batch]) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads do not live on in a forked process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+
+def _in_worker(first_row: int) -> _Batch:
+    return _work(first_row)
+
+
+def _num_proc(num_rows: int) -> int:
+    """Processes that pay: rendering chat templates is Python, and a fork costs as much as some hundred rows."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    return max(1, min(cores, num_rows // _ROWS_A_PROCESS))
+
+
+def _prepare_batch(
+    encoder: Encoder, rows: Sequence[Row], max_length: int | None, overflow: Overflow, first_row: int
+) -> _Batch:
+    """Encodes rows, cuts their documents, and drops those without a supervised token."""
+    rows = rows[first_row : first_row + _ROWS_A_BATCH]
+    documents, encoder_counts = encoder.encode(rows, first_row)
+    counts = Counts(rows=len(rows), encoder=dict(encoder_counts))
     dropped: Counter[str] = Counter()
-    encoder_counts: Counter[str] = Counter()
-    cut_off: list[tuple[int, int, int]] = []  # of dropped documents: row, tokens up to the first supervised one, tokens
-    tables: list[pa.Table] = []
-    rows_left: set[int] = set()
-    for documents, batch_counts in encoded:
-        encoder_counts += batch_counts
-        trained: list[Document] = []
-        for document in documents:
-            supervised = _num_supervised(document)
-            pieces = [piece for piece in _cut(document, max_length, overflow) if _num_supervised(piece)]
-            trained += pieces
-            tokens = len(document.input_ids)
-            if not supervised:
-                dropped["nothing_supervised"] += 1
-            elif not pieces:
-                dropped["supervised_tokens_cut_off"] += 1
-                first = next(i for i, label in enumerate(document.labels) if label != IGNORE_INDEX)
-                cut_off.append((document.row, first + 1, tokens))
-            elif max_length is not None and tokens > max_length:
-                counts.split += overflow == "split"
-                counts.truncated += overflow == "truncate"
-                counts.lost_tokens += tokens - sum(len(piece.input_ids) for piece in pieces)
-                counts.lost_supervised += supervised - sum(map(_num_supervised, pieces))
-        counts.supervised += sum(map(_num_supervised, trained))
-        rows_left.update(document.row for document in trained)
-        tables.append(_table(trained))
-    table = pa.concat_tables(tables)
-    lengths = _lengths(table)
-    if not len(lengths):
-        raise DataError(_why_nothing_is_left(num_rows, cut_off, supervise, max_length))
-    counts.documents = len(lengths)
-    counts.tokens = int(lengths.sum())
-    counts.dropped_rows = num_rows - len(rows_left)
+    cut_off: list[tuple[int, int, int]] = []
+    trained: list[Document] = []
+    for document in documents:
+        supervised = _num_supervised(document)
+        pieces = [piece for piece in _cut(document, max_length, overflow) if _num_supervised(piece)]
+        trained += pieces
+        tokens = len(document.input_ids)
+        if not supervised:
+            dropped["nothing_supervised"] += 1
+        elif not pieces:
+            dropped["supervised_tokens_cut_off"] += 1
+            first = next(i for i, label in enumerate(document.labels) if label != IGNORE_INDEX)
+            cut_off.append((document.row, first + 1, tokens))
+        elif max_length is not None and tokens > max_length:
+            counts.split += overflow == "split"
+            counts.truncated += overflow == "truncate"
+            counts.lost_tokens += tokens - sum(len(piece.input_ids) for piece in pieces)
+            counts.lost_supervised += supervised - sum(map(_num_supervised, pieces))
     counts.dropped = dict(dropped)
-    counts.encoder = dict(encoder_counts)
-    counts.lengths = _histogram(lengths)
-    return table, counts
+    counts.dropped_rows = len(rows) - len({document.row for document in trained})
+    counts.documents = len(trained)
+    counts.tokens = sum(len(document.input_ids) for document in trained)
+    counts.supervised = sum(map(_num_supervised, trained))
+    return _Batch(_table(trained), counts, cut_off)
+
+
+def _total(parts: Iterable[Counts]) -> Counts:
+    total = Counts(rows=0)
+    for part in parts:
+        for name, value in vars(part).items():
+            before = getattr(total, name)
+            added = before + value if isinstance(value, int) else dict(Counter(before) + Counter(value))
+            setattr(total, name, added)
+    return total
 
 
 def _cut(document: Document, max_length: int | None, overflow: str) -> list[Document]:
