@@ -131,6 +131,12 @@ def test_a_turn_before_the_first_user_is_not_supervised(tokenizer):
     assert counts["opening_turns_unsupervised"] == 1
 
 
+def test_a_turn_behind_a_prompt_without_a_user_is_supervised(tokenizer):
+    system = {"role": "system", "content": "Greet."}
+    assert trained(tokenizer, chat(system, assistant("Hello!"), first_supervised=1))[0] == [["Hello!<|im_end|>"]]
+    assert trained(tokenizer, chat(system, assistant("Hello!")))[0] == [[]]
+
+
 def test_a_chat_without_an_answer_gives_a_document_without_labels(tokenizer):
     [document], _ = Encoder(tokenizer).encode([chat(user("2+2?"))])
     assert set(document.labels) == {-100}
@@ -325,10 +331,11 @@ def test_tokenizers_in_python_supervise_the_same_text(gsm8k_rows):
 
 def test_truncation_and_padding_left_in_the_tokenizer_change_nothing(tokenizer):
     row = chat(user("2+2?"), assistant("It is four, as everybody knows."))
-    expected = Encoder(tokenizer).encode([row])
+    encoder = Encoder(tokenizer)
+    expected = encoder.encode([row])
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert Encoder(tokenizer).encode([row]) == expected
+    assert encoder.encode([row]) == expected
 
 
 TEXT = st.text(st.sampled_from("a1 \n\t.é漢<|>"), max_size=12)
@@ -419,6 +426,15 @@ def test_the_templates_own_message_and_the_place_are_in_the_error(tokenizer):
     template = "{{ raise_exception('Roles must alternate') if messages[0].role == messages[1].role }}" + CHATML
     with pytest.raises(DataError, match=r"^chats\.jsonl:1: .*\(Roles must alternate\)"):
         trained(tokenizer, chat(user("2+2?"), user("Well?"), assistant("4")), chat_template=template)
+
+
+def test_a_turn_that_follows_from_another_generation_prompt_than_its_own_is_an_error(tokenizer):
+    # The fourth message changes how the first is rendered, and every turn has a generation prompt of its own.
+    template = "{% for m in messages %}{{ messages|length if messages|length > 2 }}{{ loop.index0 }}:{{ m.content }}"
+    template += "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ messages|length }}:{% endif %}"
+    row = chat(user("2+2?"), assistant("4"), user("3+3?"), assistant("6"))
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: message 4 cannot be supervised"):
+        trained(tokenizer, row, chat_template=template)
 
 
 def test_a_turn_that_does_not_follow_from_its_generation_prompt_is_an_error(tokenizer):

@@ -2,7 +2,7 @@
 
 What is supervised is decided on text (turns.py). Here the text is tokenized in pieces that end where supervision begins
 and ends, so that the ids before an answer are those of the generation prompt, as at inference, and no token is half
-supervised. Some tokenizers cannot be given pieces: they put a space in front of a text (Llama 2), or have special tokens
+supervised. Some tokenizers cannot be given pieces: they put a space in front of a text (Llama 2) or have special tokens
 that swallow the white space behind them (Phi). Their documents are tokenized whole, and a token across the beginning of
 an answer is left unsupervised.
 """
