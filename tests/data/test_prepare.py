@@ -212,6 +212,11 @@ def test_processes_make_what_one_process_makes(tmp_path, tokenizer, gsm8k_rows):
     assert together.documents.to_dict() == alone.documents.to_dict()
     assert together.counts == alone.counts
     assert alone.counts.dropped["nothing_supervised"] == 1
+    rows = alone.documents["row"][:]
+    assert rows == sorted(set(rows))
+    assert tokenizer.decode(alone.documents[-1]["input_ids"]).startswith(
+        f"<|im_start|>user\n{gsm8k_rows[rows[-1]]['question']}"
+    )
     assert done == [(512, 1501), (1024, 1501), (1501, 1501)] * 2
 
 
