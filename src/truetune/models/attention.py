@@ -33,6 +33,8 @@ class PackMask:
     layers of one forward pass share this object, so what is made for one of them is made once.
     """
 
+    ndim = 4  # what `generate` with a static cache asks of a mask that it has prepared
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._dense: dict[torch.device, torch.Tensor | None] = {}
@@ -45,6 +47,10 @@ class PackMask:
             mask = sdpa_mask(**self._arguments)
             self._dense[device] = None if mask is None else mask.to(device)
         return self._dense[device]
+
+    def contiguous(self) -> torch.Tensor | None:
+        """What later releases of `generate` ask for: there are no packs, so it is the mask itself."""
+        return self.dense(torch.device(self._arguments["device"]))
 
     def documents(
         self, cu_seq_lens: torch.Tensor | None, max_length: int | None, position_ids: torch.Tensor | None
@@ -71,6 +77,8 @@ def _documents_of_positions(position_T: torch.Tensor) -> Documents | None:
 
 def _mask(**arguments) -> torch.Tensor | PackMask | None:
     """Our `AttentionMaskInterface` function, called once per forward pass and kind of layer."""
+    if isinstance(arguments.get("attention_mask"), PackMask):
+        return arguments["attention_mask"]
     first, sees = arguments.get("q_offset", 0), arguments.get("mask_function")
     one_causal_row = (
         arguments["batch_size"] == 1

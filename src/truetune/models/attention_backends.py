@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,17 +135,16 @@ def _flash_attention_2(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores
 
 
 @functools.cache
-def _grouped_query_keyword() -> dict[str, bool]:
-    """torch 2.11 takes fewer key heads than query heads as they come; later ones want to be told."""
+def _varlen_attn() -> Callable[..., Any]:
+    """torch 2.11 takes fewer key heads than query heads as they come; later releases want to be told."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 def _torch_varlen(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(
+    return _varlen_attn()(
         q_THD,
         k_TGD,
         v_TGE,
@@ -154,7 +154,6 @@ def _torch_varlen(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> 
         documents.max_length,
         scale=scores.scaling,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
-        **_grouped_query_keyword(),
     )
 
 
@@ -209,12 +208,21 @@ def _block_mask(cu_seq_lens: torch.Tensor, num_tokens: int, window: int | None):
     not_later_BB = start_B[None, :] <= start_B[:, None]
     some_BB = not_later_BB & (end_B[None, :] >= first_key_T[start_B][:, None])
     full_BB = (start_B[None, :] < start_B[:, None]) & (start_B[None, :] >= first_key_T[end_B][:, None])
-    counts_and_indexes = []
-    for blocks_BB in (some_BB & ~full_BB, full_BB):
-        indexes_BB = blocks_BB.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        counts_and_indexes += [blocks_BB.sum(1, dtype=torch.int32)[None, None], indexes_BB.to(torch.int32)[None, None]]
-    lengths = (num_tokens, num_tokens)
-    return BlockMask.from_kv_blocks(*counts_and_indexes, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths)
+    full_BB &= (start_B + FLEX_BLOCK <= num_tokens)[:, None]  # a last block that is cut short needs the mask
+    return BlockMask.from_kv_blocks(
+        *_counts_and_indexes(some_BB & ~full_BB),
+        *_counts_and_indexes(full_BB),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(num_tokens, num_tokens),
+        compute_q_blocks=True,
+    )
+
+
+def _counts_and_indexes(blocks_BB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of keys each block of queries takes, and which, put first: int32 [1, 1, B], [1, 1, B, B]."""
+    indexes_BB = blocks_BB.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks_BB.sum(1, dtype=torch.int32)[None, None], indexes_BB.to(torch.int32)[None, None]
 
 
 def _per_document_sdpa(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
@@ -226,8 +234,7 @@ def _per_document_sdpa(q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores
         length = q.shape[2]
         windowed = scores.window is not None and scores.window < length
         if scores.softcap is not None or scores.sinks is not None:
-            mask_LL = causal_mask(length, scores.window if windowed else None, q.device)
-            out = attention_reference(q, k, v, mask_LL, scores)
+            out = attention_reference(q, k, v, causal_mask(length, scores.window, q.device), scores)
         else:
             mask_LL = causal_mask(length, scores.window, q.device) if windowed else None
             out = F.scaled_dot_product_attention(
@@ -402,7 +409,7 @@ def choose_backend(needs: Needs, device: torch.device, dtype: torch.dtype) -> tu
 
     Raises `ModelError` where none takes `dtype`.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for backend in BACKENDS:
         # Importing comes last: FlashAttention-4 brings a compiler with it.
         reason = backend.why_not_on(device) or backend.why_not_for(needs, dtype) or backend.why_not_installed()
