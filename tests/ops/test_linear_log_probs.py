@@ -41,7 +41,7 @@ def test_error_is_at_most_1_5_times_that_of_plain_pytorch(device, dtype, options
     )
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert a.dtype == b.dtype
-        # the floor: a CPU's GEMM of the last chunk's three rows sums in a less exact order than the plain path's of seven
+        # the floor: a CPU's GEMM sums the last chunk's three rows in a less exact order than the plain path's seven
         assert error(a, c) <= max(1.5 * error(b, c), 6e-7)
 
 

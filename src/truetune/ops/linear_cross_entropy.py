@@ -80,6 +80,13 @@ if triton is not None:
         unit = softcap if HAS_SOFTCAP else 1.0 if HAS_BIAS else logit_scale  # of the loaded logits, `z`
         unit_log2 = unit * _LOG2_E
 
+        target = tl.load(targets_ptr + row)
+        is_label = (target >= 0) & (target < V)
+        z_target = _load_logits(
+            row_ptr, tl.where(is_label, target, 0), bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        z_target = tl.where(is_label, z_target, float("nan"))  # a label outside the vocabulary must not pass unseen
+
         top = tl.full([LANES], _LOWEST, tl.float32)
         total = tl.zeros([LANES], tl.float32)  # of exp(u), u = (z - top) * unit
         weighted = tl.zeros([LANES], tl.float32)  # of exp(u) * (z - top)
@@ -108,12 +115,6 @@ if triton is not None:
         row_total = tl.sum(total * decay, 0)
         log_total = tl.log(row_total)
 
-        target = tl.load(targets_ptr + row)
-        is_label = (target >= 0) & (target < V)
-        z_target = _load_logits(
-            row_ptr, tl.where(is_label, target, 0), bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
-        z_target = tl.where(is_label, z_target, float("nan"))  # a label outside the vocabulary must not pass unseen
         nll = log_total - (z_target - row_top) * unit
         loss = nll
         row_weight = grad_scale + 0.0
@@ -130,12 +131,15 @@ if triton is not None:
         if STATS:
             row_weighted = tl.sum((weighted + total * shift) * decay, 0)
             tl.store(entropy_ptr + row, log_total - row_weighted * unit / row_total)
-            # The first of equal maxima, as torch.argmax: it is in the first tile where any lane met the maximum.
-            cols = tl.min(tl.where(top == row_top, first, V), 0) + offsets
-            z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            tile_top = tl.max(tl.max(tl.max(z, 2), 0), 0)
-            argmax = tl.min(tl.min(tl.min(tl.where(z == tile_top, cols, V), 2), 0), 0)
-            tl.store(top1_ptr + row, argmax == target)
+            # The first of equal maxima, as torch.argmax: it is in the first tile where any lane met the maximum. The
+            # tile decides, not z_target, which the compiler may have rounded otherwise.
+            is_top1 = z_target >= row_top - 1e-5 * tl.abs(row_top)
+            if is_top1:
+                cols = tl.min(tl.where(top == row_top, first, V), 0) + offsets
+                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                tile_top = tl.max(tl.max(tl.max(z, 2), 0), 0)
+                is_top1 = tl.min(tl.min(tl.min(tl.where(z == tile_top, cols, V), 2), 0), 0) == target
+            tl.store(top1_ptr + row, is_top1)
 
         if WRITE_GRAD:
             tl.debug_barrier()  # every thread has read the target's logit
