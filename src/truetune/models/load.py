@@ -6,6 +6,7 @@ What can be refused from the configuration alone is refused by `check_model`, be
 import importlib.util
 import logging
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -193,18 +194,18 @@ def _from_pretrained(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) ->
 
 def _model_error(name_or_path: str | os.PathLike, part: str, error: Exception) -> ModelError:
     """The one sentence for what the Hub or Transformers raised."""
-    cause = error.__cause__ or error.__context__ or error
+    origin = error.__cause__ or error.__context__ or error
     if "trust_remote_code" in str(error):
         message = f"{name_or_path} brings code of its own: allow it with trust_remote_code=True."
-    elif isinstance(cause, GatedRepoError):
+    elif isinstance(origin, GatedRepoError):
         message = f"{name_or_path} is gated on the Hub: accept its terms there, and log in with `hf auth login`."
-    elif isinstance(cause, RevisionNotFoundError):
+    elif isinstance(origin, RevisionNotFoundError):
         message = f"{name_or_path} has no such revision on the Hub: see its branches and tags there."
-    elif isinstance(cause, LocalEntryNotFoundError):
+    elif isinstance(origin, LocalEntryNotFoundError):
         message = f"{name_or_path} is neither a directory nor in the Hub's cache, and the Hub cannot be reached."
-    elif isinstance(cause, RepositoryNotFoundError | HFValidationError):
+    elif isinstance(origin, RepositoryNotFoundError | HFValidationError):
         message = f"{name_or_path} is neither a directory nor on the Hub (a private model needs `hf auth login`)."
     else:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        message = f"the {part} of {name_or_path} cannot be used: {lines[0]}"
+        cause = textwrap.shorten(str(error) or type(error).__name__, 300).rstrip(".")
+        message = f"the {part} of {name_or_path} cannot be used ({cause}): mend it, or give another checkpoint."
     return ModelError(message)
