@@ -9,7 +9,7 @@ import enum
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -122,7 +122,7 @@ def convert(value: Any, hint: Any) -> Any:
         if isinstance(value, str):
             value = [Plain(word.strip()) for word in value.split(",")]
         return [convert(v, item) for v in _must_be(list, value, hint)]
-    if (origin or hint) in (dict, Mapping):
+    if (origin or hint) is dict:
         return {k: convert(v, args[1] if args else Any) for k, v in _must_be(dict, value, hint).items()}
     if dataclasses.is_dataclass(hint):
         return _convert_dataclass(value, hint)
@@ -172,7 +172,7 @@ def _convert_union(value: Any, members: tuple) -> Any:
 
 
 def _breadth(hint: Any) -> int:
-    order = (type(None), Literal, bool, int, float, dict, Mapping, list, tuple)
+    order = (type(None), Literal, bool, int, float, dict, list, tuple)
     kind = get_origin(hint) or hint
     return order.index(kind) if kind in order else len(order)
 
