@@ -86,9 +86,9 @@ def test_the_package_runs_as_a_module():
 
 
 def test_no_command_shows_the_help(capfd):
-    _, out, err = run(capfd)
+    code, out, err = run(capfd)
+    assert (code, err) == (0, "")
     assert "inspect" in out
-    assert err == ""
 
 
 def test_init_writes_a_recipe_once(place, capfd):
@@ -250,7 +250,7 @@ BAD_DATA = [
     ("max_length too small", nothing, [*TRAIN, "max_length=4"], "max_length"),
     ("unknown template", nothing, [*TRAIN, "chat_template=chatlm"], "chatml"),
     ("no template file", nothing, [*TRAIN, "chat_template=none.jinja"], "none.jinja"),
-    ("broken template", bad_bytes("t.jinja", b"{% for m in %}"), [*TRAIN, "chat_template=t.jinja"], "not valid Jinja"),
+    ("broken template", bad_bytes("t.jinja", b"{% for m in %}"), [*TRAIN, "chat_template=t.jinja"], "Jinja"),
     ("inspect of nothing", nothing, ["inspect", "--model", "llama", "--data", "none.jsonl"], "none.jsonl"),
     ("inspect of no model", nothing, ["inspect", "--model", "./none", "--data", "chats.jsonl"], "none"),
 ]

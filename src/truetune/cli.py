@@ -14,7 +14,6 @@ from truetune import __version__
 app = typer.Typer(
     name="truetune",
     help="Fine-tune a language model on your own conversations.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help through Rich takes twice as long
@@ -156,8 +155,9 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
     command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = command.main(args=None if argv is None else list(argv), prog_name="truetune", standalone_mode=False)
+        code = command.main(args=words or ["--help"], prog_name="truetune", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped.")
         code = INTERRUPTED
@@ -184,8 +184,7 @@ def _mistakes() -> tuple[type[ValueError], ...]:
 def _say(message: str) -> None:
     """One sentence on stderr; where it quotes another library's sentences, semicolons join them."""
     message = re.sub(r"[.!?] (?=[A-Z])", "; ", " ".join(message.split()))
-    if message:  # empty: the help was shown for want of a command
-        print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
+    print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
 
 
 def _usage(error: Any) -> str:
