@@ -87,6 +87,7 @@ def render_summary(counts: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(justify="right")
+    table.add_column()
     for name, value in counts.items():
         label = name.replace("_", " ")
         if name == "packing_efficiency":
@@ -95,7 +96,7 @@ def render_summary(counts: dict[str, Any]) -> Table:
             table.add_row("tokens a document", "documents")
             most = max(value.values())
             for bounds, count in value.items():
-                table.add_row(f"  {bounds}", f"{'▇' * round(24 * count / most)} {count:,}")
+                table.add_row(f"  {bounds}", f"{count:,}", "▇" * round(24 * count / most))
         elif isinstance(value, dict):
             for key, item in value.items():
                 table.add_row(f"{label}: {key.replace('_', ' ')}", f"{item:,}" if isinstance(item, int) else str(item))
