@@ -8,7 +8,6 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -285,7 +284,7 @@ class Backend:
     """A kernel and what it can do. `majors`: the CUDA compute capabilities it runs on; none: any device."""
 
     name: str
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, Scores], torch.Tensor]
+    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, Scores], torch.Tensor]
     package: str
     module: str
     function: str
@@ -296,6 +295,13 @@ class Backend:
     sinks: bool = False
     dropout: bool = False
     equal_head_dims: bool = True
+
+    def attend(self, q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
+        """Causal attention within documents: [T, H, E]."""
+        head_dim, head_dim_v = q_THD.shape[-1], v_TGE.shape[-1]
+        if self.equal_head_dims and head_dim_v < head_dim:  # as in multi-head latent attention
+            v_TGE = F.pad(v_TGE, (0, head_dim - head_dim_v))
+        return self.kernel(q_THD, k_TGD, v_TGE, documents, scores)[..., :head_dim_v]
 
     def why_not_installed(self) -> str | None:
         return _why_not_importable(self.module, self.function)
@@ -428,10 +434,7 @@ def attend(
         dropout=scores.dropout > 0,
     )
     backend, _ = choose_backend(needs, q_THD.device, q_THD.dtype)
-    head_dim_v = v_TGE.shape[-1]
-    if backend.equal_head_dims and head_dim_v < q_THD.shape[-1]:
-        v_TGE = F.pad(v_TGE, (0, q_THD.shape[-1] - head_dim_v))
-    return backend.attend(q_THD, k_TGD, v_TGE, documents, scores)[..., :head_dim_v], backend
+    return backend.attend(q_THD, k_TGD, v_TGE, documents, scores), backend
 
 
 @dataclass(frozen=True)
