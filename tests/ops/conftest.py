@@ -23,7 +23,7 @@ def device(request, monkeypatch):
     else:
         pytest.importorskip("triton")
         monkeypatch.setattr(backend, "FORCE_KERNELS", True)
-        monkeypatch.setattr(head, "_NUM_WARPS", 1)  # small tiles, so that a row has several
+        monkeypatch.setattr(head, "_NUM_WARPS", 2)  # small tiles, so that a row has several
         _round_in_the_interpreter(monkeypatch)
         with np.errstate(all="ignore"):  # infinities meet in lanes whose results are masked
             yield "cpu"

@@ -25,30 +25,31 @@ if triton is not None:
     _LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: the difference of two of them is 0, not NaN
 
     @triton.jit
-    def _tanh(x):
-        """To about one unit in the last place: Cephes' polynomial for small |x|, exponentials elsewhere."""
-        square = x * x
-        small = -5.70498872745e-3 * square + 2.06390887954e-2
-        small = small * square - 5.37397155531e-2
-        small = small * square + 1.33314422036e-1
-        small = small * square - 3.33332819422e-1
-        small = small * square * x + x
+    def _tanh(x, FULL: tl.constexpr):
+        """To 1e-7; with FULL to about one unit in the last place, by Cephes' polynomial for small |x|."""
         decay = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
-        large = (1.0 - decay) / (1.0 + decay)
-        return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        tanh = tl.where(x < 0.0, -tanh, tanh)
+        if FULL:
+            square = x * x
+            small = -5.70498872745e-3 * square + 2.06390887954e-2
+            small = small * square - 5.37397155531e-2
+            small = small * square + 1.33314422036e-1
+            small = small * square - 3.33332819422e-1
+            tanh = tl.where(tl.abs(x) < 0.625, small * square * x + x, tanh)
+        return tanh
 
     @triton.jit
-    def _load_logits(
-        row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-    ):  # fmt: skip
+    def _load_logits(row_ptr, cols, bias_ptr, stride, V, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
         """The final logits in the kernel's `unit`, which spares a product an element."""
-        z = tl.load(row_ptr + cols, mask=cols < stride, other=float("-inf")).to(tl.float32)
+        raw = tl.load(row_ptr + cols, mask=cols < stride, other=float("-inf"))
+        z = raw.to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
         if HAS_BIAS or HAS_SOFTCAP:
-            z *= logit_scale
+            z *= scale
         if HAS_SOFTCAP:
-            z = tl.where(cols < V, _tanh(z / softcap), float("-inf"))
+            z = tl.where(cols < V, _tanh(z, raw.dtype == tl.float32), float("-inf"))
         return z
 
     @triton.jit
@@ -58,32 +59,27 @@ if triton is not None:
         bias_ptr,  # [V]
         row_weights_ptr,  # [C] fp32
         loss_ptr, nll_ptr, entropy_ptr, top1_ptr,  # [C]
-        stride, V, logit_scale, softcap, smoothing, grad_scale,
+        stride, V, scale, softcap, smoothing, grad_scale,  # the scale is that of the logits over the softcap
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, SMOOTHING: tl.constexpr,
         DFT: tl.constexpr, STATS: tl.constexpr, WRITE_GRAD: tl.constexpr,
-        GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+        LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """One program a row, two passes over it.
 
-        A tile is GROUPS x LANES x VECTOR logits: VECTOR of them are one 16-byte load of one thread, LANES are the
-        threads, GROUPS the loads a thread has in flight. Every lane keeps its own maximum and sums, so no thread waits
-        for another before the end of the first pass.
+        A tile is LANES x VECTOR logits: LANES are the threads, VECTOR is what one of them loads at once, 16 bytes.
+        Every lane keeps its own maximum and sums, so no thread waits for another before the end of the first pass.
         """
-        TILE: tl.constexpr = GROUPS * LANES * VECTOR
+        TILE: tl.constexpr = LANES * VECTOR
         row = tl.program_id(0)
         row_ptr = logits_ptr + row.to(tl.int64) * stride
-        offsets = (
-            tl.arange(0, GROUPS)[:, None, None] * (LANES * VECTOR)
-            + tl.arange(0, LANES)[None, :, None] * VECTOR
-            + tl.arange(0, VECTOR)[None, None, :]
-        )
-        unit = softcap if HAS_SOFTCAP else 1.0 if HAS_BIAS else logit_scale  # of the loaded logits, `z`
+        offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        unit = softcap if HAS_SOFTCAP else 1.0 if HAS_BIAS else scale  # of the loaded logits, `z`
         unit_log2 = unit * _LOG2_E
 
         target = tl.load(targets_ptr + row)
         is_label = (target >= 0) & (target < V)
         z_target = _load_logits(
-            row_ptr, tl.where(is_label, target, 0), bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+            row_ptr, tl.where(is_label, target, 0), bias_ptr, stride, V, scale, HAS_BIAS, HAS_SOFTCAP
         )
         z_target = tl.where(is_label, z_target, float("nan"))  # a label outside the vocabulary must not pass unseen
 
@@ -94,19 +90,19 @@ if triton is not None:
         first = tl.zeros([LANES], tl.int32)  # start of the tile where the lane met its maximum first
         for start in tl.range(0, stride, TILE, num_stages=STAGES):
             cols = start + offsets
-            z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            new_top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+            z = _load_logits(row_ptr, cols, bias_ptr, stride, V, scale, HAS_BIAS, HAS_SOFTCAP)
+            new_top = tl.maximum(top, tl.max(z, 1))
             shift = top - new_top
-            below = z - new_top[None, :, None]
+            below = z - new_top[:, None]
             e = tl.exp2(below * unit_log2)
             decay = tl.exp2(shift * unit_log2)
             if STATS:
-                tile_weighted = tl.sum(tl.sum(e * tl.maximum(below, _LOWEST), 2), 0)  # 0, not NaN, for z of -inf
+                tile_weighted = tl.sum(e * tl.maximum(below, _LOWEST), 1)  # 0, not NaN, for z of -inf
                 weighted = (weighted + total * shift) * decay + tile_weighted
                 first = tl.where(new_top > top, start, first)
             if SMOOTHING:
-                plain += tl.sum(tl.sum(tl.where(cols < V, z, 0.0), 2), 0)
-            total = total * decay + tl.sum(tl.sum(e, 2), 0)
+                plain += tl.sum(tl.where(cols < V, z, 0.0), 1)
+            total = total * decay + tl.sum(e, 1)
             top = new_top
 
         row_top = tl.max(top, 0)
@@ -136,9 +132,9 @@ if triton is not None:
             is_top1 = z_target >= row_top - 1e-5 * tl.abs(row_top)
             if is_top1:
                 cols = tl.min(tl.where(top == row_top, first, V), 0) + offsets
-                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-                tile_top = tl.max(tl.max(tl.max(z, 2), 0), 0)
-                is_top1 = tl.min(tl.min(tl.min(tl.where(z == tile_top, cols, V), 2), 0), 0) == target
+                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, scale, HAS_BIAS, HAS_SOFTCAP)
+                tile_top = tl.max(tl.max(z, 1), 0)
+                is_top1 = tl.min(tl.min(tl.where(z == tile_top, cols, V), 1), 0) == target
             tl.store(top1_ptr + row, is_top1)
 
         if WRITE_GRAD:
@@ -148,7 +144,7 @@ if triton is not None:
             last = (stride - 1) // TILE * TILE
             for done in tl.range(0, stride, TILE, num_stages=STAGES):
                 cols = last - done + offsets  # backwards: what was read last is still in the L2 cache
-                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                z = _load_logits(row_ptr, cols, bias_ptr, stride, V, scale, HAS_BIAS, HAS_SOFTCAP)
                 grad = tl.exp2((z - row_top) * unit_log2) * factor
                 if SMOOTHING:
                     grad -= uniform
@@ -169,7 +165,7 @@ if triton is not None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-_NUM_WARPS, _GROUPS, _STAGES = 16, 2, 1  # of the cross-entropy kernel
+_NUM_WARPS, _STAGES = 32, 1  # of the cross-entropy kernel: two rows fill a multiprocessor of a Hopper GPU
 
 
 class _Loss(NamedTuple):
@@ -221,10 +217,11 @@ def _cross_entropy_chunk(logits_CV: Tensor, bias_V: Tensor | None, rows: _Rows, 
         _cross_entropy_kernel[(len(logits_CV),)](
             logits_CV, rows.targets, bias_V, rows.weights, rows.loss, rows.nll, rows.entropy, rows.is_top1,
             logits_CV.stride(0), logits_CV.shape[1],
-            loss.logit_scale, loss.softcap or 1.0, loss.label_smoothing, _gradient_scale(logits_CV.dtype),
+            loss.logit_scale / (loss.softcap or 1.0), loss.softcap or 1.0, loss.label_smoothing,
+            _gradient_scale(logits_CV.dtype),
             HAS_BIAS=bias_V is not None, HAS_SOFTCAP=loss.softcap is not None, HAS_ROW_WEIGHTS=rows.weights is not None,
             SMOOTHING=loss.label_smoothing > 0, DFT=loss.dft, STATS=rows.entropy.numel() > 0, WRITE_GRAD=write_grad,
-            GROUPS=_GROUPS, LANES=32 * _NUM_WARPS, VECTOR=16 // logits_CV.element_size(), STAGES=_STAGES,
+            LANES=32 * _NUM_WARPS, VECTOR=16 // logits_CV.element_size(), STAGES=_STAGES,
             num_warps=_NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
