@@ -194,6 +194,12 @@ def test_a_wrong_configuration_is_refused_before_any_weight_is_read(call, config
     refused(message, call, broken)
 
 
+def test_nobody_is_asked_on_the_terminal_to_trust_a_checkpoint(broken, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    (broken / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}')
+    refused("allow it with trust_remote_code=True", check_model, broken)
+
+
 def test_weights_that_are_missing_are_an_error(broken):
     weights = broken / "model.safetensors"
     tensors = load_file(weights)
