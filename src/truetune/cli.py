@@ -126,6 +126,16 @@ def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path
     print(f"Wrote {path}: set model and data, then truetune train {path}")
 
 
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Where the result goes.")] = "runs/demo",
+) -> None:
+    """Do the whole job on the built-in model and data."""
+    from truetune.run_demo import run_demo
+
+    run_demo(output)
+
+
 @app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run_script(
     script: Annotated[
