@@ -15,7 +15,7 @@ from truetune.run_model import load_tokenizer
 SETTINGS = (
     "method=full",
     "max_length=512",
-    "training.num_train_epochs=6",
+    "training.num_train_epochs=4",
     "training.per_device_train_batch_size=1",
     "training.gradient_accumulation_steps=1",
     "training.learning_rate=3e-3",

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 ANIMALS = (
     "bear camel deer duck eagle fox frog goat hen horse lion mouse otter owl panda pig rabbit seal sheep tiger".split()
 )
-FOODS = (
-    "apple bean bread butter carrot cherry corn honey lemon mango melon olive onion peach pear plum rice".split()
-)
+FOODS = "apple bean bread butter carrot cherry corn honey lemon mango melon olive onion peach pear plum rice".split()
 TOOLS = "axe broom bucket chisel clamp drill file hammer ladder lever mop nail rake rope saw shovel wrench".split()
 CLOTHES = "apron belt boot cap coat dress glove hat jacket mitten robe sandal scarf shirt skirt sock tie vest".split()
 WORDS = ANIMALS + FOODS + TOOLS + CLOTHES

@@ -27,8 +27,9 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
 
 def answer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int = 100) -> list[Answer]:
     """The model's greedy answer to each row's question, white space at its ends not counted."""
-    was_training = model.training
+    was_training, padding_side = model.training, tokenizer.padding_side
     model.eval()
+    tokenizer.padding_side = "left"  # apply_chat_template overlooks it as an argument
     answers = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -36,7 +37,6 @@ def answer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: i
             [row["messages"][:-1] for row in part],
             add_generation_prompt=True,
             padding=True,
-            padding_side="left",
             return_tensors="pt",
             return_dict=True,
         ).to(model.device)
@@ -52,6 +52,7 @@ def answer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: i
             question, right = (message["content"] for message in row["messages"])
             answers.append(Answer(row["task"], question, right, text.strip()))
     model.train(was_training)
+    tokenizer.padding_side = padding_side
     return answers
 
 
