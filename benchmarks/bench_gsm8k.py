@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 MODES = ("lora", "qlora", "full", "autocast")
-STEPS, WARM_UP = 16, 6
+STEPS, WARM_UP = 12, 4
 
 
 def build_model(directory: Path, data: Path) -> None:
@@ -177,7 +177,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--systems", default="fp32,trl,truetune")
     parser.add_argument("--peer-path", default="")
     parser.add_argument("--one", nargs=3, metavar=("SYSTEM", "MODE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -193,22 +192,23 @@ def main() -> None:
     build_model(model_dir, options.data)
     runs = {}
     modes = options.modes.split(",")
-    for mode in modes:
-        for system in options.systems.split(","):
-            if (system, mode) == ("fp32", "autocast") and ("fp32", "full") in runs:
-                runs[system, mode] = runs["fp32", "full"]  # the same run: fp32 weights without autocast
-                continue
-            environment = dict(os.environ)
-            if system != "truetune" and options.peer_path:
-                environment["PYTHONPATH"] = f"{options.peer_path}:{environment.get('PYTHONPATH', '')}"
-            command = [sys.executable, __file__, "--data", str(options.data), "--one", system, mode, str(model_dir)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            result = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not result:
-                print(f"{system} {mode} failed:\n{done.stderr[-3000:]}", flush=True)
-                continue
-            run = runs[system, mode] = json.loads(result[-1].removeprefix("RESULT "))
-            print({k: run[k] for k in ("system", "mode", "tokens_per_s", "ms_per_step", "peak_gib")}, flush=True)
+    # The reference first: what is timed then runs side by side.
+    order = [("fp32", mode) for mode in modes] + [(system, mode) for mode in modes for system in ("trl", "truetune")]
+    for system, mode in order:
+        if (system, mode) == ("fp32", "autocast") and ("fp32", "full") in runs:
+            runs[system, mode] = runs["fp32", "full"]  # the same run: fp32 weights without autocast
+            continue
+        environment = dict(os.environ)
+        if system != "truetune" and options.peer_path:
+            environment["PYTHONPATH"] = f"{options.peer_path}:{environment.get('PYTHONPATH', '')}"
+        command = [sys.executable, __file__, "--data", str(options.data), "--one", system, mode, str(model_dir)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        result = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not result:
+            print(f"{system} {mode} failed:\n{done.stderr[-3000:]}", flush=True)
+            continue
+        run = runs[system, mode] = json.loads(result[-1].removeprefix("RESULT "))
+        print({k: run[k] for k in ("system", "mode", "tokens_per_s", "ms_per_step", "peak_gib")}, flush=True)
     table = compare(runs, modes)
     for line in table:
         print(line)

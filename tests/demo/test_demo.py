@@ -1,6 +1,5 @@
 """The built-in data and model: what the demo's numbers stand on."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -72,7 +71,7 @@ def test_exact_match_counts_right_answers_by_task():
     assert exact_match(answers) == {"a": 0.5, "b": 1.0, "all": 2 / 3}
 
 
-def test_the_held_out_file_holds_chats(tmp_path):
-    row = json.loads(open(demo.resolve_data(demo.BUILTIN, "held_out"), encoding="utf-8").readline())
+def test_the_held_out_file_holds_chats():
+    row = read_questions(demo.resolve_data(demo.BUILTIN, "held_out"))[0]
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
     assert demo.resolve_data("chats.jsonl") == "chats.jsonl"
