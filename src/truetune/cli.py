@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -152,6 +153,8 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
     from truetune.recipe import load_recipe
 
+    # Deprecations between the libraries below are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
     overrides = list(changes or [])
     path = None
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
