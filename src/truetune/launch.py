@@ -9,6 +9,7 @@ and on a CPU it starts one process.
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,11 +17,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils.other import get_free_port
-
 from truetune.train.errors import TrainError
 
+MISTAKE = 2  # the exit code of a user's mistake, which every rank finds
 INTERRUPTED = 130  # the shell's code for SIGINT
+GRACE = 5.0  # seconds for the other ranks to end once one has failed
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,7 +50,7 @@ def launch(num_processes: int, *, on_gpus: bool) -> int:
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(get_free_port()),
+        "MASTER_PORT": str(_free_port()),
         "ACCELERATE_USE_CPU": str(not on_gpus),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes))),
     }
@@ -75,31 +76,31 @@ def launch(num_processes: int, *, on_gpus: bool) -> int:
                 process.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if failed:
+        if failed and (processes[0].returncode, processes[failed].returncode) != (MISTAKE, MISTAKE):
             errors[failed - 1].seek(0)
             sys.stderr.write(errors[failed - 1].read().decode(errors="replace"))
     code = processes[failed or 0].returncode
     return code if code >= 0 else 128 - code  # as a shell says that a signal ended it
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
-    """Waits for all; returns the first rank that failed, after which the others get 10 s to say why and end."""
+    """Waits for all; returns the first rank that failed, after which the others get `GRACE` seconds to end."""
+    failed = None
+    deadline = float("inf")
     while True:
         codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
-        if failed:
-            _end(processes)
-            return failed[0]
+        if failed is None:
+            failed = next((rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)), None)
+            deadline = deadline if failed is None else time.monotonic() + GRACE
         if None not in codes:
-            return None
-        time.sleep(0.1)
-
-
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 10
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            return failed
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)

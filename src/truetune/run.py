@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 from truetune.data.prepare import Prepared
 from truetune.launch import INTERRUPTED, launch, processes_to_start
@@ -22,11 +22,11 @@ from truetune.run_data import Plan, make_plan, prepare_data, print_plan
 from truetune.run_model import (
     add_lora,
     check_adapter,
+    check_architecture,
     fit_embeddings,
     hub_arguments,
     load_adapter,
     load_tokenizer,
-    lora_config,
     model_path,
     model_precision,
 )
@@ -83,9 +83,9 @@ def train(
     if not args.should_save:  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
-    check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
+    config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
+    check_architecture(config, recipe, args)
     check_adapter(recipe)
-    lora_config(recipe.lora)
     tokenizer, new_ids = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing data"):  # the others find it in the cache
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
@@ -99,7 +99,7 @@ def train(
         record = new_record(recipe, trainer, plan.to_dict(), data, eval_data)
         if checkpoint is not None:
             record = continued(record, output, checkpoint, recipe.allow)
-    interrupted = _fit(trainer, recipe, record, checkpoint, console)
+        interrupted = _fit(trainer, recipe, record, checkpoint, console)
     if args.should_save:
         print_next(console, recipe, tokenizer, interrupted)
     return RunResult(output, plan, trainer, interrupted)
@@ -142,7 +142,7 @@ def make_trainer(
         model = load_adapter(model, recipe.adapter)
     elif recipe.method != "full":
         model = add_lora(model, recipe.lora, new_ids)
-    return RecipeTrainer(
+    trainer = RecipeTrainer(
         model,
         args,
         train_dataset=data.documents,
@@ -150,6 +150,11 @@ def make_trainer(
         processing_class=tokenizer,
         pack=recipe.packing,
     )
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise TrainError(f"training.optim {args.optim} cannot be had: {' '.join(str(error).split())}") from error
+    return trainer
 
 
 def _fit(
@@ -157,25 +162,38 @@ def _fit(
 ) -> bool:
     """From the first step to the saved result, or to a checkpoint where interrupted, which it returns."""
     output = Path(recipe.output_dir)
-    writes = trainer.args.should_save
-    metrics = WriteMetrics(MetricsFile(output / "metrics.jsonl"))
+    file = MetricsFile(output / "metrics.jsonl")
+
+    def begin() -> dict[str, Any]:  # called when nothing can be refused any more
+        begin_output(output, recipe, resume=checkpoint is not None)
+        write_json(output / "run.json", {**record, "report": trainer.report.to_dict()})
+        return file.begin(after_step=record["resumed_from"][-1] if checkpoint is not None else 0)
+
+    metrics = WriteMetrics(file, begin)
     progress = ShowProgress(console, metrics)
     stop = StopOnInterrupt(console)
     trainer.remove_callback(PrinterCallback)
     for callback in (metrics, progress, stop):
         trainer.add_callback(callback)
 
-    if writes:
-        begin_output(output, recipe, resume=checkpoint is not None)
-        metrics.file.begin(after_step=record["resumed_from"][-1] if checkpoint is not None else 0)
-        write_json(output / "run.json", record)
-    with stop.listening(), progress.shown():
-        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None:
+        console.print(f"Going on from {checkpoint}")
+    train_metrics: dict[str, float] = {}
+    if checkpoint is not None and record["resumed_from"][-1] >= record["plan"]["steps"]:
+        # It was stopped between its last step and its end; the trainer would take a step more.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.should_save:
+            begin()
+    else:
+        with stop.listening(), progress.shown():
+            trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        train_metrics = trained.metrics
     interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
     if not interrupted:
         if trainer.eval_dataset is not None and metrics.last_step("eval") != trainer.state.global_step:
             trainer.evaluate()
         save_result(trainer, output)
-    if writes:
-        write_json(output / "run.json", finished(record, trainer, trained.metrics, metrics.last, interrupted))
+    if trainer.args.should_save:
+        write_json(output / "run.json", finished(record, trainer, train_metrics, metrics.last, interrupted))
     return interrupted

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,21 @@ from truetune.run_record import MetricsFile
 class WriteMetrics(TrainerCallback):
     """One line of metrics.jsonl a log: TRL's names, and which kind of log, which step, seconds and tokens/s."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, begin: Callable[[], Mapping[str, float]]) -> None:
         self.file = file
+        self.begin = begin  # called once, by the process that writes; answers the line that a resumed run goes on from
         self.last: dict[str, dict[str, Any]] = {}  # the last line of each kind
+        self._begun = self._logged_at = time.monotonic()
+        self._num_tokens = 0.0
+        self._before: Mapping[str, float] = {}
 
     def last_step(self, kind: str) -> int | None:
         return self.last.get(kind, {}).get("step")
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._before = self.begin()
         self._begun = self._logged_at = time.monotonic()
-        self._num_tokens = 0.0
 
     def on_save(self, args, state, control, **kwargs):
         self._logged_at = time.monotonic()  # a checkpoint takes nothing from tokens/s
@@ -36,11 +41,15 @@ class WriteMetrics(TrainerCallback):
             return
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         now = time.monotonic()
-        line = {"kind": kind, "step": state.global_step, **logs, "seconds": round(now - self._begun, 3)}
+        line = {"kind": kind, "step": state.global_step, **logs}
+        line["seconds"] = round(self._before.get("seconds", 0.0) + now - self._begun, 3)
         if kind == "train":
             tokens = logs.get("num_tokens", 0.0) - self._num_tokens
             line["tokens_per_second"] = round(tokens / max(now - self._logged_at, 1e-9), 1)
             self._num_tokens += tokens
+        for name in ("num_tokens", "eval_num_tokens"):
+            if name in line:
+                line[name] += self._before.get("num_tokens", 0.0)  # the trainer counts from its own start
         self._logged_at = time.monotonic()
         self.last[kind] = line
         if state.is_world_process_zero:

@@ -51,7 +51,13 @@ def prepare_data(
 
 
 def _resolved(sources: Sequence[Source]) -> list[Source]:
-    return [replace(source, path=str(demo.resolve(source.path))) for source in sources]
+    """The built-in data as the file that it is made into, everything else as it is."""
+    return [
+        replace(source, path=demo.resolve_data(source.path, source.split), split="train")
+        if source.path == demo.BUILTIN
+        else source
+        for source in sources
+    ]
 
 
 def split_rows(rows: RowSet, share: float, seed: int) -> tuple[RowSet, RowSet]:

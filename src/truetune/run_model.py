@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from truetune import demo
 from truetune.data.templates import BUILTIN_TEMPLATES, template_text
 from truetune.models import load
+from truetune.models.attention import why_not_packable
 from truetune.recipe import Recipe
+from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 
 
 def model_path(recipe: Recipe) -> str:
     """What the recipe's `model` is called in files: a Hub name, or a directory's absolute path."""
-    path = str(demo.resolve(recipe.model))
+    path = demo.resolve_model(recipe.model)
     return os.path.abspath(path) if os.path.isdir(path) else path
 
 
@@ -66,6 +68,24 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[int]]:
             "with: remove chat_template, or start a new adapter."
         )
     return tokenizer, new_ids
+
+
+def check_architecture(config: PreTrainedConfig, recipe: Recipe, args: SFTConfig) -> None:
+    """Builds the model without its weights, and refuses what the kind of its layers decides. Raises `TrainError`.
+
+    That is a batch whose documents would see each other, and a `lora` that fits no layer.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    reason = why_not_packable(model)
+    alone = not recipe.packing and args.per_device_train_batch_size == args.per_device_eval_batch_size == 1
+    if reason and not alone and "unpackable_model" not in recipe.allow:
+        raise TrainError(
+            f"documents of a batch would see each other, because {reason.rstrip('.')}: set packing: false and "
+            "training.per_device_train_batch_size: 1, or accept it with allow: [unpackable_model]."
+        )
+    if recipe.lora:
+        add_lora(model, {**recipe.lora, "init_lora_weights": False}, [])
 
 
 def fit_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
@@ -119,11 +139,11 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], new_ids: Sequence[int
     Adapter parameters are fp32. Raises `TrainError` where PEFT refuses.
     """
     try:
-        config = lora_config(lora)
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
         if new_ids:
             config.trainable_token_indices = _with_new_rows(model, config, new_ids)
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -132,14 +152,6 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], new_ids: Sequence[int
         # PEFT would save both resized embeddings whole, where the trained rows are all that is not in the base model.
         vars(adapted)["save_pretrained"] = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
-
-
-def lora_config(lora: dict[str, Any]) -> LoraConfig:
-    """PEFT's configuration for a causal language model. Raises `TrainError` where PEFT refuses it."""
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
-    except (TypeError, ValueError) as error:
-        raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
 
 
 def _with_new_rows(model: PreTrainedModel, config: LoraConfig, new_ids: Sequence[int]) -> dict[str, list[int]]:

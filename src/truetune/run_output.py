@@ -5,6 +5,7 @@ Every file is written beside its place and renamed into it.
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -132,10 +133,9 @@ def print_next(console: Console, recipe: Recipe, tokenizer: PreTrainedTokenizerB
     """Where everything is, and what to run next."""
     path = Path(recipe.output_dir)
     if interrupted:
-        again = " ".join(["truetune", *(word for word in sys.argv[1:] if word != "--overwrite"), "--resume"])
-        console.print(
-            f"Stopped after a checkpoint ({last_checkpoint(path)}). Go on with\n\n  {again}\n", soft_wrap=True
-        )
+        words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+        console.print(f"Stopped, with a checkpoint in {last_checkpoint(path)}. Go on with\n", highlight=False)
+        console.print(shlex.join(["truetune", *words, "--resume"]), soft_wrap=True, highlight=False, markup=False)
         return
     is_adapter = recipe.method != "full"
     use = _USE.format(

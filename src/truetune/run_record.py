@@ -66,7 +66,7 @@ def new_record(
             "pack_order": packs and packs_hash(packs),
         },
         "attention_backend": next((line.in_effect for line in trainer.report.lines if line.part == "attention"), None),
-        "report": trainer.report.to_dict(),
+        "report": None,
         "environment": environment(),
         "result": None,
     }
@@ -129,24 +129,28 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, after_step: int = 0) -> None:
-        """Starts the file, or on resume drops what came after the checkpoint, so that each step stands there once."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if after_step and self.path.is_file() else []
-        kept = [line for line in lines if (step := _step(line)) is not None and step <= after_step]
+    def begin(self, after_step: int = 0) -> dict[str, Any]:
+        """Starts the file, or on resume drops what came after the checkpoint, so that each step stands there once.
+
+        Returns the last training line that it keeps.
+        """
+        text = self.path.read_text(encoding="utf-8") if after_step and self.path.is_file() else ""
+        lines = [line for line in map(_parsed, text.splitlines()) if 0 < line.get("step", 0) <= after_step]
         beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
         os.replace(beside, self.path)
+        return next((line for line in reversed(lines) if line["kind"] == "train"), {})
 
     def append(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
 
-def _step(line: str) -> int | None:
+def _parsed(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # the line that a kill cut short
-        return None
+        return json.loads(line)
+    except json.JSONDecodeError:  # the line that a kill cut short
+        return {}
 
 
 def _finite(value: Any) -> Any:
