@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,15 @@ def start(tmp_path, body: str) -> subprocess.Popen:
     script.write_text(START + body)
     command = [sys.executable, str(script), str(tmp_path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def said(tmp_path, process: subprocess.Popen) -> list[str]:
+    """What each rank has said so far, once each has said something."""
+    texts = [tmp_path / "rank0", tmp_path / "rank1"]
+    while not all(text.is_file() and text.read_text() for text in texts):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return [text.read_text() for text in texts]
 
 
 def test_each_process_knows_its_rank_and_the_first_speaks(tmp_path):
@@ -64,14 +74,24 @@ say("ready ")
 time.sleep(100)
 """
     process = start(tmp_path, body)
-    texts = [tmp_path / "rank0", tmp_path / "rank1"]
-    while not all(text.is_file() and text.read_text() for text in texts):
-        assert process.poll() is None
-        time.sleep(0.01)
+    assert said(tmp_path, process) == ["ready "] * 2
     os.kill(process.pid, signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
-    assert [text.read_text() for text in texts] == ["ready stopped saved"] * 2
+    assert said(tmp_path, process) == ["ready stopped saved"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_no_rank_outlives_a_killed_parent(tmp_path):
+    process = start(tmp_path, "say(str(os.getpid())); time.sleep(100)")
+    pids = said(tmp_path, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in pids]
+    while any(path.exists() and path.read_text() for path in commands):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_how_many_processes_are_started(monkeypatch):

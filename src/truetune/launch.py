@@ -7,6 +7,7 @@ and on a CPU it starts one process.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from truetune.train.errors import TrainError
 MISTAKE = 2  # the exit code of a user's mistake, which every rank finds
 INTERRUPTED = 130  # the shell's code for SIGINT
 GRACE = 5.0  # seconds for the other ranks to end once one has failed
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,7 +71,10 @@ def launch(num_processes: int, *, on_gpus: bool) -> int:
                 environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": errors[rank - 1]} if rank else {}
                 # In a process group of its own, a rank gets the terminal's Ctrl-C once: from here.
-                processes.append(subprocess.Popen(command, env=environment, process_group=0, **outputs))
+                started = subprocess.Popen(
+                    command, env=environment, process_group=0, preexec_fn=_end_with_parent, **outputs
+                )
+                processes.append(started)
             failed = _wait(processes)
         finally:
             for process in processes:
@@ -81,6 +86,12 @@ def launch(num_processes: int, *, on_gpus: bool) -> int:
             sys.stderr.write(errors[failed - 1].read().decode(errors="replace"))
     code = processes[failed or 0].returncode
     return code if code >= 0 else 128 - code  # as a shell says that a signal ended it
+
+
+def _end_with_parent() -> None:
+    """So that ranks do not go on, and hold their GPUs, after a `kill -9` of the process that started them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:
