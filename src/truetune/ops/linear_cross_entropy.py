@@ -241,7 +241,7 @@ def _cross_entropy_chunk_torch(
         nll_C = (1 - loss.label_smoothing) * nll_C - loss.label_smoothing * log_probs_CV.mean(-1)
     rows.loss.copy_(weights_C * nll_C)
     if rows.entropy.numel():
-        rows.entropy.copy_(torch.special.entr(probs_CV).sum(-1))
+        rows.entropy.copy_(-(probs_CV * log_probs_CV.clamp(min=-1e30)).sum(-1))  # 0, not NaN, for probabilities of 0
         rows.is_top1.copy_(z_CV.argmax(-1) == rows.targets)
     if write_grad:
         if rows.weights is not None:
