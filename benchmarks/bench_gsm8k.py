@@ -184,13 +184,9 @@ def main() -> None:
         print("RESULT " + json.dumps(train_one(*options.one, options.data)), flush=True)
         return
 
-    import torch
-    import transformers
-    import trl
-
     model_dir = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     build_model(model_dir, options.data)
-    runs = {}
+    runs: dict[tuple[str, str], dict] = {}
     modes = options.modes.split(",")
     # The reference first: what is timed then runs side by side.
     order = [("fp32", mode) for mode in modes] + [(system, mode) for mode in modes for system in ("trl", "truetune")]
@@ -209,10 +205,18 @@ def main() -> None:
             continue
         run = runs[system, mode] = json.loads(result[-1].removeprefix("RESULT "))
         print({k: run[k] for k in ("system", "mode", "tokens_per_s", "ms_per_step", "peak_gib")}, flush=True)
-    table = compare(runs, modes)
-    for line in table:
+        if options.out:  # after every run, so that a time limit loses no more than one
+            options.out.write_text(json.dumps(record(runs, modes), indent=1) + "\n")
+    for line in compare(runs, modes):
         print(line)
-    record = {
+
+
+def record(runs: dict[tuple[str, str], dict], modes: list[str]) -> dict:
+    import torch
+    import transformers
+    import trl
+
+    return {
         "command": "python " + " ".join(sys.argv),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
@@ -221,11 +225,9 @@ def main() -> None:
             "transformers": transformers.__version__,
             "trl": trl.__version__,
         },
-        "comparison": table,
+        "comparison": compare(runs, modes),
         "runs": list({id(run): run for run in runs.values()}.values()),
     }
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_an_adapter_learns_on_nf4_weights(checkpoint):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     batch = packed_batch()
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         logits = model(**batch).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, batch["input_ids"][0, 1:])
         loss.backward()

@@ -390,7 +390,6 @@ BACKENDS = (  # best first
         head_dims=range(16, 257),
         softcap=True,
         sinks=True,
-        equal_head_dims=False,
     ),
     Backend(
         "SDPA per document",
