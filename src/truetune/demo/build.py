@@ -64,7 +64,7 @@ def build_model(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -58,7 +58,8 @@ def answer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: i
 
 def exact_match(answers: list[Answer]) -> dict[str, float]:
     """The share of right answers by task, and over all under "all"."""
-    right, asked = Counter(), Counter()
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
     for given in answers:
         for name in (given.task, "all"):
             asked[name] += 1

@@ -89,7 +89,9 @@ class SFTTrainer(trl.SFTTrainer):
         autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         attention = use_varlen_attention(base, autocast)
         replaced = [] if had == ATTENTION_NAME else [f"in place of {had}"]
-        self.report.add("attention", "variable-length", attention.in_effect, "; ".join(replaced + attention.reasons))
+        self.report.add(
+            "attention", "variable-length", attention.in_effect, "; ".join(replaced + _by_reason(attention.reasons))
+        )
 
     def _set_adapters(self, trained_before: dict[str, torch.Tensor]) -> None:
         if not isinstance(self.model, PeftModel):
@@ -240,6 +242,15 @@ class SFTTrainer(trl.SFTTrainer):
 
 def _base_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _by_reason(reasons: list[str]) -> list[str]:
+    """ "A: it is not installed", "B: it is not installed" -> "A, B: it is not installed"."""
+    names: dict[str, list[str]] = {}
+    for line in reasons:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(those)}: {reason}" for reason, those in names.items()]
 
 
 def _trained_tensors(model) -> dict[str, torch.Tensor]:
