@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from truetune.run_model import load_tokenizer
 SETTINGS = (
     "method=full",
     "max_length=512",
-    "training.num_train_epochs=4",
+    "training.num_train_epochs=6",
     "training.per_device_train_batch_size=1",
     "training.gradient_accumulation_steps=1",
     "training.learning_rate=3e-3",
@@ -28,6 +29,7 @@ SETTINGS = (
 def run_demo(output: str | Path = "runs/demo", console: Console | None = None) -> dict[str, float]:
     """Builds, asks, fine-tunes, asks again and prints both; returns exact match after training, by task."""
     console = console or Console(highlight=False)
+    torch.set_num_threads(1)  # half a million weights: a second thread waits more than it works
     recipe = load_recipe(None, SETTINGS, {"model": demo.BUILTIN, "data": demo.BUILTIN, "output_dir": str(output)})
     console.rule("Built-in model and data", align="left")
     questions = read_questions(demo.resolve_data(demo.BUILTIN, "held_out"))

@@ -7,7 +7,7 @@ import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import CHATML
+from real_text import CHATML
 from truetune.data.chat import COUNTS, Encoder
 from truetune.data.errors import DataError
 from truetune.data.rows import Row

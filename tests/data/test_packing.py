@@ -8,7 +8,7 @@ import trl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import train_tokenizer
+from real_text import train_tokenizer
 from truetune.data.errors import DataError
 from truetune.data.packing import PackSampler, pack, pack_stream
 

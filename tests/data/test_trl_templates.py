@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trl
 
-from conftest import train_tokenizer
+from real_text import train_tokenizer
 from truetune.data.chat import Encoder
 from truetune.data.errors import DataError
 from truetune.data.rows import Row

@@ -85,6 +85,6 @@ def test_trls_own_script_trains_through_our_trainer(tmp_path, tokenizer, gsm8k_r
     )
     done = run(RUN_SCRIPT, *arguments.split())
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "fused linear cross-entropy" in done.stderr
+    assert "fused linear" in done.stderr  # a table of 80 columns wraps the rest
     assert "embeddings" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
