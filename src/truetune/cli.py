@@ -132,6 +132,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Where the result goes.")] = "runs/demo",
 ) -> None:
     """Do the whole job on the built-in model and data."""
+    _hide_deprecations()
     from truetune.run_demo import run_demo
 
     run_demo(output)
@@ -153,13 +154,17 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
     from truetune.recipe import load_recipe
 
-    # Deprecations between the libraries below are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
+    _hide_deprecations()
     overrides = list(changes or [])
     path = None
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
         path = overrides.pop(0)
     return load_recipe(path, overrides, flags)
+
+
+def _hide_deprecations() -> None:
+    """Those between the libraries below are not the user's to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
