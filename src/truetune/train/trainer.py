@@ -216,11 +216,10 @@ class SFTTrainer(trl.SFTTrainer):
             self.report.packed_batches += 1
             return
         self.report.padded_batches += 1
-        if len(self.report.padded_because) == 0 or self._unpadding_off is None:
-            reason = self._unpadding_off or why_padded(inputs) or "the batch holds no token"
-            if reason not in self.report.padded_because:
-                logger.warning("A batch stays padded: %s.", reason.rstrip("."))
-            self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
+        reason = self._unpadding_off or why_padded(inputs) or "the batch holds no token"
+        if reason not in self.report.padded_because:
+            logger.warning("A batch stays padded: %s.", reason.rstrip("."))
+        self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
 
     # -- optimizer
 
