@@ -139,7 +139,9 @@ def test_full_fine_tuning_learns_gsm8k_and_saves_a_plain_model(tmp_path, setting
 
 @pytest.mark.parametrize("weights", [{"method": "qlora"}, {"precision": "bf16"}])
 def test_adapter_stays_in_fp32_on_low_precision_weights(tmp_path, settings, weights):
-    result = run(tmp_path / "run", settings | weights | {"training.max_steps": "2"})
+    result = run(
+        tmp_path / "run", settings | weights | {"lora.modules_to_save": "[lm_head]", "training.max_steps": "2"}
+    )
     trained = [p for p in result.trainer.model.parameters() if p.requires_grad]
     assert trained and {p.dtype for p in trained} == {torch.float32}
     assert {p.dtype for p in result.trainer.model.parameters()} != {torch.float32}

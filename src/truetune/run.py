@@ -108,13 +108,14 @@ def train(
 def training_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's `training`, what the recipe says elsewhere, and what this machine decides.
 
-    On a GPU, bf16 autocast (fp16 where that is the weights' precision) unless `training.bf16` says otherwise; on a CPU
-    the precision of the weights. Raises `TrainError` for what TRL refuses.
+    On a GPU, and with bf16 weights, bf16 autocast (fp16 with fp16 weights) unless `training.bf16` says otherwise: what
+    is trained is in fp32. Raises `TrainError` for what TRL refuses.
     """
     on_gpu = torch.cuda.is_available()
     training = with_batch_split(recipe, int(os.environ.get("WORLD_SIZE", 1))).training
     fp16 = training.get("fp16", on_gpu and recipe.precision == "fp16")
-    machine = {"fp16": fp16, "bf16": on_gpu and not fp16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
+    bf16 = not fp16 and (on_gpu or recipe.precision == "bf16")
+    machine = {"fp16": fp16, "bf16": bf16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
     display = {"disable_tqdm": True, "logging_nan_inf_filter": False}  # a loss of NaN is shown as one
     own = {"output_dir": recipe.output_dir, "max_length": recipe.max_length, "allow": list(recipe.allow)}
     try:
