@@ -53,7 +53,7 @@ def run_demo(output: str | Path = "runs/demo", console: Console | None = None) -
     scores = Table("task", "before", "after", title="Exact match", title_justify="left")
     share_before, share_after = exact_match(before), exact_match(after)
     for task in sorted(share_after, key=lambda name: (name == "all", name)):
-        scores.add_row(task, f"{share_before[task]:.0%}", f"{share_after[task]:.0%}")
+        scores.add_row(task, f"{share_before[task]:.1%}", f"{share_after[task]:.1%}")
     console.print(scores)
     console.print(f"\nThe model, its record and its checkpoints are in {output}. The same with your own file:\n")
     console.print("  truetune train --model Qwen/Qwen3-0.6B --data YOUR_CHATS.jsonl --method lora --output runs/mine")
