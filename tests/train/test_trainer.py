@@ -415,3 +415,28 @@ def test_adapters_of_a_bf16_model_stay_fp32_and_activations_stay_bf16(tokenizer)
     model(input_ids=torch.arange(5)[None])
     assert seen == {torch.bfloat16}
     assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
+def test_a_second_trainer_on_the_same_model_trains_and_generates(make, tokenizer):
+    first = make(peft=LoraConfig(r=2, target_modules="all-linear"))
+    first.train()
+    second = make(model=first.model)
+    second.train()
+    assert second.report.fused_losses == 2
+    assert line(second, "adapter").in_effect == line(first, "adapter").in_effect
+    assert second.model(input_ids=torch.arange(5)[None]).logits.shape == (1, 5, len(tokenizer))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_token_rows_reach_the_head(make, tokenizer, tied):
+    rows = [5, 6, 7] if tied else {"embed_tokens": [5, 6, 7], "lm_head": [5, 6, 7]}
+    model = llama(tokenizer, tie_word_embeddings=tied)
+    trainer = make(model=model, peft=LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows))
+    head = trainer.model.get_base_model().get_output_embeddings()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(0.5)
+    assert torch.equal(head.weight[5:8], torch.full_like(head.weight[5:8], 0.5))
+    trainer.train()
+    assert trainer.report.fused_losses == 2

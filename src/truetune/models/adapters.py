@@ -26,7 +26,9 @@ def cast_adapters_to_activations(model: nn.Module) -> AdapterReport:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if "forward" in vars(module):
+        if getattr(vars(module).get("forward"), "__func__", None) is lora_linear_forward:
+            report.replaced += 1  # by an earlier trainer
+        elif "forward" in vars(module):
             report.left[name] = "its forward was replaced before"
         elif type(module).__name__ not in ("Linear", "Linear4bit", "Linear8bitLt"):
             report.left[name] = f"it is a {type(module).__name__}"

@@ -51,7 +51,10 @@ def bind_fused_loss(model: Any) -> None:
     was there, so generation and TRL's own fused head go on working. Head and backbone are looked up at every call:
     PEFT and FSDP replace them after this.
     """
-    model._plain_forward = model.forward
+    # An attribute, not a closure, so that a deep copy calls its own; a name for each binding, so that a second
+    # trainer's leads to the first's and not back to itself.
+    plain_forward = f"_plain_forward_{sum(name.startswith('_plain_forward') for name in vars(model))}"
+    setattr(model, plain_forward, model.forward)
     logit_scale, softcap = logit_transform(model.config)
 
     def forward(
@@ -65,14 +68,14 @@ def bind_fused_loss(model: Any) -> None:
         **kwargs,
     ):
         if not fused_loss:
-            return self._plain_forward(*args, **kwargs)
+            return getattr(self, plain_forward)(*args, **kwargs)
         labels = kwargs.pop("labels")
         kwargs["use_cache"] = False
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
-        weight, bias = head.weight, head.bias
+        weight, bias = head.weight, getattr(head, "bias", None)  # PEFT's wrappers do not forward every attribute
         if isinstance(weight, DTensor):  # sharded by FSDP2
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         hidden = outputs.last_hidden_state.to(weight.device)

@@ -38,7 +38,9 @@ class RecipeTrainer(SFTTrainer):
         self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = self._sampler(self.train_dataset, seed=self.args.data_seed or self.args.seed)
+        sampler = self._sampler(
+            self.train_dataset, seed=self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
         return self._loader(self.train_dataset, sampler, self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:

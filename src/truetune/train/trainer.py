@@ -27,6 +27,7 @@ from truetune.train.optim import set_learning_rates
 from truetune.train.report import TrainReport
 
 logger = logging.getLogger(__name__)
+_RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -55,13 +56,15 @@ class SFTTrainer(trl.SFTTrainer):
         self._set_attention()
         self._set_adapters(trained_before)
         bind_fused_loss(_base_model(self.model))
-        self.report.add("loss", self.args.loss_type, "fused linear cross-entropy", self._why_full_logits() or "")
+        why = self._why_full_logits()
+        in_effect = "stock TRL" if why else "fused linear cross-entropy"
+        self.report.add("loss", self.args.loss_type, in_effect, why or "")
         self._report_batches()
 
     # -- setting up
 
     def _refuse_own_settings(self) -> None:
-        asked = [name for name in ("embedding_learning_rate", "loraplus_lr_ratio") if own_setting(self.args, name)]
+        asked = [name for name in _RATES if own_setting(self.args, name) is not None]
         if asked and "stock_trl" not in own_setting(self.args, "allow"):
             raise TrainError(
                 f"{' and '.join(asked)} cannot be had, because this run is stock TRL ({'; '.join(self.report.stock)}): "
@@ -75,6 +78,7 @@ class SFTTrainer(trl.SFTTrainer):
         had = base.config._attn_implementation
         if asked is not None:
             self.report.add("attention", asked, had, "named in model_init_kwargs")
+            self._unpadding_off = self._unpadding_off or why_not_packable(base)
             return
         if reason := why_not_packable(base):
             self.report.add("attention", "variable-length", had, reason)
@@ -228,7 +232,7 @@ class SFTTrainer(trl.SFTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self._ours:
             return optimizer
-        rates = {name: own_setting(self.args, name) for name in ("embedding_learning_rate", "loraplus_lr_ratio")}
+        rates = {name: own_setting(self.args, name) for name in _RATES}
         if given is not None and any(rate is not None for rate in rates.values()):
             raise TrainError(
                 "embedding_learning_rate and loraplus_lr_ratio need the trainer to make the optimizer: "
