@@ -55,6 +55,16 @@ def llama(tmp_path_factory, _trained_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
+def bare_llama(tmp_path_factory, gsm8k_rows) -> Path:
+    """600 tokens, none of them special but the end of a text; beside it the same with a tied head, `tied`."""
+    texts = [row["question"] + row["answer"] for row in gsm8k_rows[:100]]
+    tokenizer = train_tokenizer(texts, special_tokens=("<|endoftext|>",), vocab_size=600)
+    path = tmp_path_factory.mktemp("models")
+    save_llama(path / "tied", tokenizer, tied=True)
+    return save_llama(path / "bare", tokenizer)
+
+
+@pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory, gsm8k_path) -> Path:
     path = tmp_path_factory.mktemp("data") / "gsm8k.jsonl"
     path.write_text("".join(gsm8k_path.open(encoding="utf-8").readlines()[:ROWS]), encoding="utf-8")
@@ -195,14 +205,17 @@ assert not [name for name in sys.modules if name.startswith("truetune")]
 """
 
 
-def test_peft_alone_loads_the_adapter_and_gives_the_trainers_logits(tmp_path, gsm8k_rows, settings, lora_run):
+def test_peft_alone_loads_the_adapter_and_gives_the_trainers_logits(tmp_path, settings, lora_run, bare_llama):
     """Also where a chat template brought special tokens that the model did not have, with a tied head and without."""
-    texts = [row["question"] + row["answer"] for row in gsm8k_rows[:100]]
-    plain = train_tokenizer(texts, special_tokens=("<|endoftext|>",), vocab_size=600)
     results = [lora_run]
     for tied in (False, True):
-        model = save_llama(tmp_path / f"plain{tied:d}", plain, tied=tied)
-        changed = settings | {"model": str(model), "chat_template": "chatml", "training.max_steps": "3"}
+        model = bare_llama.with_name("tied") if tied else bare_llama
+        changed = settings | {
+            "model": str(model),
+            "revision": "v1",
+            "chat_template": "chatml",
+            "training.max_steps": "3",
+        }
         results.append(run(tmp_path / f"run{tied:d}", changed))
     paths = [str(result.output_dir) for result in results]
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, capture_output=True)
@@ -216,12 +229,27 @@ def test_peft_alone_loads_the_adapter_and_gives_the_trainers_logits(tmp_path, gs
         assert eos == "<|im_end|>"
 
     for tied, result in enumerate(results[1:]):
+        assert json.loads((result.output_dir / "adapter_config.json").read_text())["revision"] == "v1"
         saved = load_file(result.output_dir / "adapter_model.safetensors")
         new_rows = {name: tensor for name, tensor in saved.items() if "lora" not in name}
         assert [tuple(tensor.shape) for tensor in new_rows.values()] == [(2, 64)] * (1 if tied else 2)
         started = result.trainer.model.get_base_model().get_input_embeddings().token_adapter
         for row in new_rows.values():  # trained, away from the mean at which they began
             assert not torch.allclose(row, started.trainable_tokens_original["default"], atol=1e-3)
+
+
+def test_new_special_tokens_are_in_a_model_trained_in_full_and_in_an_adapter_trained_on(tmp_path, settings, bare_llama):
+    options = settings | {"model": str(bare_llama), "training.max_steps": "1"}
+    first = run(tmp_path / "first", options | {"chat_template": "chatml"}).output_dir
+    again = run(tmp_path / "again", options | {"adapter": str(first), "training.learning_rate": "0"}).output_dir
+    expected, saved = (load_file(path / "adapter_model.safetensors") for path in (first, again))
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+    full = run(tmp_path / "full", options | {"chat_template": "chatml", "method": "full"}).output_dir
+    rows = load_file(full / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    assert rows == json.loads((full / "config.json").read_text())["vocab_size"] == 602
+    with pytest.raises(TrainError, match="needs 3 special tokens"):
+        run(tmp_path / "no", options | {"adapter": str(first), "chat_template": "llama3"})
 
 
 def test_metrics_that_are_no_numbers_are_null(tmp_path):

@@ -142,7 +142,7 @@ def make_trainer(
     if recipe.adapter is not None:
         model = load_adapter(model, recipe.adapter)
     elif recipe.method != "full":
-        model = add_lora(model, recipe.lora, new_ids)
+        model = add_lora(model, recipe, new_ids)
     trainer = RecipeTrainer(
         model,
         args,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from truetune.run_record import MetricsFile
@@ -65,8 +65,7 @@ class ShowProgress(TrainerCallback):
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=12),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),

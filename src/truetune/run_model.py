@@ -6,6 +6,7 @@ V: rows of the embedding, H: hidden size.
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def check_architecture(config: PreTrainedConfig, recipe: Recipe, args: SFTConfig
             "training.per_device_train_batch_size: 1, or accept it with allow: [unpackable_model]."
         )
     if recipe.lora:
-        add_lora(model, {**recipe.lora, "init_lora_weights": False}, [])
+        add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
 
 
 def fit_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
@@ -128,28 +129,33 @@ def check_adapter(recipe: Recipe) -> None:
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """`model` with the adapter in `path`, to go on training, in fp32. Raises `TrainError` where it does not fit."""
     try:
-        return PeftModel.from_pretrained(model, path, is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
     except (RuntimeError, ValueError) as error:
         raise TrainError(f"the adapter {path} does not fit the recipe's model: {_one_line(error)}") from error
+    return _trained_in_fp32(adapted)
 
 
-def add_lora(model: PreTrainedModel, lora: dict[str, Any], new_ids: Sequence[int]) -> PeftModel:
-    """`model` with the LoRA adapter that `lora` describes; the rows of `new_ids` are trained and saved with it.
+def add_lora(model: PreTrainedModel, recipe: Recipe, new_ids: Sequence[int]) -> PeftModel:
+    """`model` with the recipe's LoRA adapter; the embedding rows of `new_ids` are trained and saved with it.
 
     Adapter parameters are fp32. Raises `TrainError` where PEFT refuses.
     """
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+        config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
         if new_ids:
             config.trainable_token_indices = _with_new_rows(model, config, new_ids)
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, revision=None if recipe.revision == "main" else recipe.revision)
     except (TypeError, ValueError) as error:
         raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
+    return _trained_in_fp32(adapted)
+
+
+def _trained_in_fp32(adapted: PeftModel) -> PeftModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if new_ids:
-        # PEFT would save both resized embeddings whole, where the trained rows are all that is not in the base model.
+    if getattr(adapted.active_peft_config, "trainable_token_indices", None):
+        # PEFT would save resized embeddings whole, where the trained rows are all that is not in the base model.
         vars(adapted)["save_pretrained"] = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
 

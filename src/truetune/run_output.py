@@ -49,7 +49,8 @@ def check_output(path: Path, *, resume: bool, overwrite: bool) -> Path | None:
     if resume:
         checkpoint = last_checkpoint(path)
         if checkpoint is None:
-            raise TrainError(f"{path} has no complete checkpoint to go on from: start without --resume.")
+            again = "start anew with --overwrite" if path.exists() else "start without --resume"
+            raise TrainError(f"{path} has no complete checkpoint to go on from: {again}.")
         return checkpoint
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise TrainError(
