@@ -190,6 +190,15 @@ def test_output_holds_everything_that_explains_the_run(lora_run, llama, gsm8k):
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
 
 
+def test_every_key_of_the_record_and_the_metrics_is_documented(lora_run):
+    documented = (Path(__file__).parents[1] / "docs" / "output.md").read_text()
+    record = json.loads((lora_run.output_dir / "run.json").read_text())
+    lines = [json.loads(line) for line in (lora_run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for part in (record, *lines) for key in part}
+    keys |= {key for part in ("plan", "hashes", "environment", "result") for key in record[part]}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in documented]
+
+
 LOAD = """
 import sys, torch
 from peft import AutoPeftModelForCausalLM

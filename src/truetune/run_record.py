@@ -52,11 +52,9 @@ def new_record(
         "processes": args.world_size,
         "recipe": recipe.to_dict(),
         "plan": dict(plan),
-        "data": {
-            "shapes": data.shapes,
-            "train": data.counts.to_dict(),
-            "eval": eval_data and eval_data.counts.to_dict(),
-        },
+        "shapes": data.shapes,
+        "data": data.counts.to_dict(),
+        "eval_data": eval_data and eval_data.counts.to_dict(),
         "hashes": {
             "weights": weights_hash(_checkpoint_directory(recipe)),
             "weights_method": WEIGHTS_HASH_METHOD,
