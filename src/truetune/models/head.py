@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
+from truetune.models.fuse import TAKES_ROWS
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -73,6 +74,8 @@ def bind_fused_loss(model: Any) -> None:
         kwargs["use_cache"] = False
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
+        if loss_rows is not None and len(loss_rows) > 0 and hasattr(self.base_model, TAKES_ROWS):
+            kwargs["loss_rows"] = loss_rows
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)  # PEFT's wrappers do not forward every attribute
@@ -82,6 +85,9 @@ def bind_fused_loss(model: Any) -> None:
         if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(weight.device)
+        if hidden.shape[:2] != targets.shape:  # the last layer gave the loss's rows alone
+            hidden, targets = hidden[0], targets.flatten()[loss_rows]
+            loss_rows = torch.arange(len(targets), device=targets.device)
         loss, stats = linear_cross_entropy(
             hidden,
             weight,

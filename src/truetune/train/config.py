@@ -1,6 +1,6 @@
 """`SFTConfig`: TRL's, and the fields that TRL lacks."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import trl
@@ -8,13 +8,19 @@ import trl
 
 @dataclass
 class SFTConfig(trl.SFTConfig):
-    """`trl.SFTConfig` with three more fields; every other field means what it means in TRL.
+    """`trl.SFTConfig` with a few more fields; every other field means what it means in TRL.
 
     embedding_learning_rate: learning rate of input embeddings and LM head where they are trained (full fine-tuning,
         `modules_to_save`, `trainable_token_indices`); None: the learning rate of all others. Usually a fifth to a tenth
         of it beside LoRA.
     loraplus_lr_ratio: learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv:2402.12354);
         None: 1.
+    fuse: run decoder layers of known architectures as fused blocks.
+    activation_policy: what of a fused layer is kept for the backward pass: "keep" (nothing is recomputed but norms and
+        the activation product), "lean" (the least device memory: what hides behind the compute goes to the host, the
+        rest is recomputed), "offload" (nothing is recomputed, what does not fit goes to the host), or "auto" (the
+        fastest mix that fits). `gradient_checkpointing=False` means "keep"; `gradient_checkpointing_kwargs` and
+        `activation_offloading` select TRL's own mechanisms instead.
     allow: names of differences between what was asked and what is in effect that are accepted; each error that can be
         allowed gives its name.
     """
@@ -25,6 +31,11 @@ class SFTConfig(trl.SFTConfig):
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of LoRA's B matrices over that of its A matrices."}
     )
+    fuse: bool = field(default=True, metadata={"help": "Run decoder layers of known architectures as fused blocks."})
+    activation_policy: str = field(
+        default="auto",
+        metadata={"help": "What is kept for the backward pass: auto, keep, lean or offload."},
+    )
     allow: list[str] = field(
         default_factory=list, metadata={"help": "Accepted differences between what was asked and what is in effect."}
     )
@@ -32,4 +43,8 @@ class SFTConfig(trl.SFTConfig):
 
 def own_setting(args: Any, name: str) -> Any:
     """One of our fields from any `TrainingArguments`: those of TRL and Transformers have our defaults."""
-    return getattr(args, name, [] if name == "allow" else None)
+    default = _FIELDS[name].default
+    return getattr(args, name, [] if default is MISSING else default)
+
+
+_FIELDS = {field.name: field for field in fields(SFTConfig)}

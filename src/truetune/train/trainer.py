@@ -19,7 +19,9 @@ from rich.console import Console
 from truetune.data.collate import UnpaddingCollator, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
+from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
+from truetune.models.plan import POLICIES, fused_layers, set_activations
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -55,6 +57,8 @@ class SFTTrainer(trl.SFTTrainer):
         self._unpadding_off = _why_not_unpad(self)
         self._set_attention()
         self._set_adapters(trained_before)
+        self._fuse_layers()
+        self._set_activations()
         bind_fused_loss(_base_model(self.model))
         why = self._why_full_logits()
         in_effect = "stock TRL" if why else "fused linear cross-entropy"
@@ -108,6 +112,52 @@ class SFTTrainer(trl.SFTTrainer):
         self.report.add(
             "adapter", "PEFT", f"{adapters.replaced} LoRA linears cast to the activation's dtype{left}", why
         )
+
+    def _fuse_layers(self) -> None:
+        if not own_setting(self.args, "fuse"):
+            unfuse(self.model)
+            self.report.add("layers", "as they are", "Transformers' and PEFT's")
+            return
+        fusion = fuse(self.model)
+        self.report.add("layers", "fused", fusion.in_effect, "; ".join(fusion.reasons))
+
+    def _set_activations(self) -> None:
+        """`activation_policy` decides where every layer is fused and nothing asks for TRL's own mechanisms."""
+        args, layers = self.args, fused_layers(self.model)
+        asked = own_setting(args, "activation_policy")
+        if asked not in POLICIES:
+            raise TrainError(f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}.")
+        own = [name for name in ("gradient_checkpointing_kwargs", "activation_offloading") if getattr(args, name)]
+        if not args.gradient_checkpointing:
+            if asked not in ("auto", "keep"):
+                raise TrainError(
+                    f"gradient_checkpointing=False keeps every activation, and activation_policy={asked!r} does not: "
+                    "remove one of them."
+                )
+            policy, why = "keep", "gradient_checkpointing=False"
+        elif own or len(layers) < len(decoder_layers(self.model)):
+            why = f"{' and '.join(own)} select it" if own else "not every layer is fused"
+            if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
+                raise TrainError(
+                    f"activation_policy={asked!r} cannot be had, because {why} (TRL's own checkpointing): remove one "
+                    "of them, or accept it with allow=['activation_policy']."
+                )
+            self.report.add("activations", asked, "checkpointed by Transformers", why)
+            return
+        else:
+            policy, why = ("keep" if asked == "auto" else asked), ""
+        set_activations(layers, policy)
+        self._stop_checkpointing()
+        self.report.add("activations", asked, policy, why)
+
+    def _stop_checkpointing(self) -> None:
+        """So that Transformers checkpoints no layer behind the policy's back; 5.17 and 5.23 read different names."""
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if hasattr(self.args, name):
+                setattr(self.args, name, False)
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:

@@ -1,0 +1,123 @@
+"""Saved activations on the host: copied out behind the forward pass, and back ahead of the backward pass.
+
+`HostMemory.saving(layer)` is a context round one layer's forward. What autograd saves inside it, if it is large and no
+parameter, is copied to pinned host memory on a stream of its own, bit for bit, and given back when the backward pass
+asks for it; by then the copy has been under way since the backward pass of the layer after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**23  # bytes; smaller ones (rotary tables, which all layers share; statistics) are not worth a copy
+
+
+@dataclass(eq=False)
+class _Saved:
+    """A contiguous stretch of memory that one or more saved tensors look at."""
+
+    device_data: Tensor | None  # kept until its copy is done, and again once it is back
+    host_data: Tensor
+    copied: torch.cuda.Event
+    returned: torch.cuda.Event | None = None
+
+
+@dataclass
+class _Layer:
+    saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)  # by address and bytes
+
+
+class HostMemory:
+    """The pinned memory of one device's offloaded activations, and the stream of their copies.
+
+    Buffers are kept from step to step: to pin memory takes far longer than to fill it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._layers: dict[int, _Layer] = {}
+        self._free: dict[int, list[Tensor]] = {}  # pinned buffers by their bytes
+        self._order: list[int] = []  # layers of this forward pass, first to last
+
+    def __deepcopy__(self, memo) -> "HostMemory":
+        return HostMemory(self.device)
+
+    @contextmanager
+    def saving(self, index: int) -> Iterator[None]:
+        """Offloads what is saved in this context, the forward pass of layer `index`."""
+        if index in self._layers:  # a forward pass whose backward pass never came
+            self._drop(index)
+        self._layers[index] = _Layer()
+        self._order.append(index)
+        self._release_copied(before=index)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._pack(index, tensor), self._unpack):
+            yield
+
+    def _pack(self, index: int, tensor: Tensor):
+        num_bytes = tensor.numel() * tensor.element_size()
+        is_parameter = tensor.is_leaf and tensor.requires_grad
+        if not tensor.is_cuda or num_bytes < SMALLEST or is_parameter or not tensor.is_contiguous():
+            return tensor
+        key = (tensor.data_ptr(), num_bytes)
+        layer = self._layers[index]
+        if key not in layer.saved:
+            layer.saved[key] = self._copy_out(tensor.detach().view(-1).view(torch.uint8), num_bytes)
+        return index, key, tensor.dtype, tensor.shape
+
+    def _copy_out(self, data: Tensor, num_bytes: int) -> _Saved:
+        free = self._free.get(num_bytes)
+        host = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(data, non_blocking=True)
+            copied = self.stream.record_event()
+        return _Saved(data, host, copied)
+
+    def _release_copied(self, before: int) -> None:
+        """Lets go of the device memory of layers two or more before: the compute stream waits for their copies.
+
+        The wait is on the device, and short: a layer's copies hide behind the next layer's forward pass.
+        """
+        for index in self._order[: self._order.index(before) - 1] if before in self._order else []:
+            for saved in self._layers[index].saved.values():
+                if saved.device_data is not None and saved.returned is None:
+                    torch.cuda.current_stream(self.device).wait_event(saved.copied)
+                    saved.device_data = None
+
+    def _unpack(self, packed) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        index, key, dtype, shape = packed
+        self._fetch(index)
+        place = self._order.index(index)
+        if place > 0:
+            self._fetch(self._order[place - 1])
+        for later in self._order[place + 1 :]:
+            self._drop(later)
+        saved = self._layers[index].saved[key]
+        assert saved.device_data is not None
+        if saved.returned is not None:
+            torch.cuda.current_stream(self.device).wait_event(saved.returned)
+        return saved.device_data.view(dtype).view(shape)
+
+    def _fetch(self, index: int) -> None:
+        """Starts the copies of a layer back to the device, where they are not there yet."""
+        for saved in self._layers[index].saved.values():
+            if saved.device_data is not None:
+                continue
+            saved.device_data = torch.empty(saved.host_data.numel(), dtype=torch.uint8, device=self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may still be in use there
+            with torch.cuda.stream(self.stream):
+                saved.device_data.copy_(saved.host_data, non_blocking=True)
+                saved.returned = self.stream.record_event()
+
+    def _drop(self, index: int) -> None:
+        """The layer's backward pass is over: its host buffers are free for the next forward pass."""
+        if index in self._order:
+            self._order.remove(index)
+        for saved in self._layers.pop(index, _Layer()).saved.values():
+            self._free.setdefault(saved.host_data.numel(), []).append(saved.host_data)

@@ -1,0 +1,260 @@
+"""Linear layers that share their input, with LoRA beside any of them: q, k and v; gate and up; o; down.
+
+Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. The adapter's
+product goes into the result first, and the weight's product is added to it by the GEMM itself, so that no pass over the
+result is spent on the sum. LoRA: Hu et al., arXiv:2106.09685.
+
+Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.nf4 import dequantize_nf4
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Triton kernel
+
+if triton is not None:
+
+    @triton.jit
+    def _low_rank_product_kernel(
+        x_ptr, b_ptr, add_ptr, out_ptr, T, N,
+        stride_x, stride_bn, stride_br, stride_add, stride_out,
+        RANK: tl.constexpr, PADDED: tl.constexpr, HAS_ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rank = tl.arange(0, PADDED)
+        x = tl.load(
+            x_ptr + row[:, None] * stride_x + rank[None, :],
+            mask=(row < T)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + col[None, :].to(tl.int64) * stride_bn + rank[:, None] * stride_br,
+            mask=(col < N)[None, :] & (rank < RANK)[:, None],
+            other=0.0,
+        )
+        product = tl.dot(x, b.to(x.dtype), input_precision="ieee")
+        mask = (row < T)[:, None] & (col < N)[None, :]
+        if HAS_ADD:
+            product += tl.load(add_ptr + row[:, None] * stride_add + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row[:, None] * stride_out + col[None, :], product.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launchers and plain products
+
+
+def low_rank_product(x_TR: Tensor, b_NR: Tensor, add_TN: Tensor | None, out_TN: Tensor) -> Tensor:
+    """out = x @ b.T (+ add), b rounded to the dtype of x on the way in; out may be `add` itself. Returns out."""
+    if not use_kernels(x_TR):
+        product = x_TR @ b_NR.t().to(x_TR.dtype)
+        return out_TN.copy_(product if add_TN is None else add_TN + product)
+    (T, R), N = x_TR.shape, b_NR.shape[0]
+    block_n = 128 if N >= 128 else 64
+    with torch.cuda.device_of(x_TR):
+        _low_rank_product_kernel[(triton.cdiv(T, 128), triton.cdiv(N, block_n))](
+            x_TR, b_NR, add_TN, out_TN, T, N,
+            x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), 0 if add_TN is None else add_TN.stride(0), out_TN.stride(0),
+            RANK=R, PADDED=max(16, triton.next_power_of_2(R)), HAS_ADD=add_TN is not None, BLOCK_T=128,
+            BLOCK_N=block_n, num_warps=8 if R <= 64 else 4,
+        )  # fmt: skip
+    return out_TN
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b summed and returned in fp32 (fp64 for fp64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(out_TN: Tensor | None, x_TK: Tensor, weight_KN: Tensor) -> Tensor:
+    """out + x @ weight, in place where there is an `out`; a wider `out` is summed in its own dtype."""
+    if out_TN is None:
+        return x_TK @ weight_KN
+    if out_TN.dtype == x_TK.dtype:
+        return out_TN.addmm_(x_TK, weight_KN)
+    if out_TN.is_cuda:
+        return torch.addmm(out_TN, x_TK, weight_KN, out_dtype=out_TN.dtype, out=out_TN)
+    return out_TN.add_(x_TK @ weight_KN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+class Weight(Protocol):
+    """What stands behind a linear: the two products with it, each added to `out` where there is one."""
+
+    out_features: int
+    trained: Tensor | None
+
+    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor: ...
+
+    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor: ...
+
+    def prepared(self, dtype: torch.dtype) -> "Weight":
+        """The same weight, with what several products in a row would each do done once."""
+        ...
+
+
+class DenseWeight(NamedTuple):
+    """bf16, fp16 or fp32, trained or frozen; rounded to the activation's dtype where autocast is on."""
+
+    weight_NK: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_NK.shape[0]
+
+    @property
+    def trained(self) -> Tensor | None:
+        return self.weight_NK if self.weight_NK.requires_grad else None
+
+    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor:
+        return _add_product(out_TN, x_TK, self.weight_NK.detach().to(x_TK.dtype).t())
+
+    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor:
+        return _add_product(out_TK, dy_TN, self.weight_NK.detach().to(dy_TN.dtype))
+
+    def prepared(self, dtype: torch.dtype) -> "DenseWeight":
+        return self if self.trained is not None else DenseWeight(self.weight_NK.to(dtype))
+
+
+class Nf4Weight(NamedTuple):
+    """bitsandbytes' 4-bit weight, frozen; made dense for each product."""
+
+    packed: Tensor
+    quant_state: Any
+    trained = None
+
+    @property
+    def out_features(self) -> int:
+        return self.quant_state.shape[0]
+
+    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor:
+        return _add_product(out_TN, x_TK, dequantize_nf4(self.packed, self.quant_state, x_TK.dtype).t())
+
+    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor:
+        return _add_product(out_TK, dy_TN, dequantize_nf4(self.packed, self.quant_state, dy_TN.dtype))
+
+    def prepared(self, dtype: torch.dtype) -> DenseWeight:
+        return DenseWeight(dequantize_nf4(self.packed, self.quant_state, dtype))
+
+
+@dataclass(slots=True)
+class Linear:
+    """One linear: x @ W.T + bias + scaling * (x @ A.T) @ B.T, the last where there is an adapter."""
+
+    weight: Weight
+    bias_N: Tensor | None = None
+    a_RK: Tensor | None = None
+    b_NR: Tensor | None = None
+    scaling: float = 1.0
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may be trained, in the order in which `linears_backward_parameters` gives gradients."""
+        return self.weight.trained, self.bias_N, self.a_RK, self.b_NR
+
+    def prepared(self, dtype: torch.dtype) -> "Linear":
+        return replace(self, weight=self.weight.prepared(dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward and backward, for the autograd functions of whole blocks
+
+
+def _scaled_a(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
+    """All A matrices times their scaling, one below the other: [S, K] in the activation's dtype."""
+    adapted = [linear for linear in linears if linear.a_RK is not None]
+    if not adapted:
+        return None
+    scalings = {linear.scaling for linear in adapted}
+    parts = [linear.a_RK.detach() for linear in adapted]  # type: ignore[union-attr]
+    if len(scalings) > 1:
+        parts = [part * linear.scaling for part, linear in zip(parts, adapted, strict=True)]
+    a_SK = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(scalings) == 1 and scalings != {1.0}:
+        a_SK = a_SK * scalings.pop()
+    return a_SK.to(dtype)
+
+
+def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
+    """Where each linear's ranks lie in S; empty where it has no adapter."""
+    slices, start = [], 0
+    for linear in linears:
+        end = start + (0 if linear.a_RK is None else linear.a_RK.shape[0])
+        slices.append(slice(start, end))
+        start = end
+    return slices
+
+
+def linears_forward(
+    x_TK: Tensor, linears: Sequence[Linear], *, outs: Sequence[Tensor | None] | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """The results [T, N] of all linears in the dtype of x, and scaling * x @ A.T [T, S] for the backward pass.
+
+    `outs`: what the results are added to, in place (a copy of a residual stream).
+    """
+    outs = outs or [None] * len(linears)
+    a_SK = _scaled_a(linears, x_TK.dtype)
+    xa_TS = None if a_SK is None else x_TK @ a_SK.t()
+    results = []
+    for linear, out, ranks in zip(linears, outs, _rank_slices(linears), strict=True):
+        if linear.b_NR is not None:
+            assert xa_TS is not None
+            target = x_TK.new_empty(len(x_TK), linear.weight.out_features) if out is None else out
+            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), out, target)
+        out = linear.weight.times(x_TK, out)
+        results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
+    return results, xa_TS
+
+
+def linears_backward_input(
+    dys: Sequence[Tensor], linears: Sequence[Linear], *, needs_input: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the gradient [T, K] of x, and dy @ B [T, S] for `linears_backward_parameters`)."""
+    a_SK = _scaled_a(linears, dys[0].dtype)
+    dxa_TS = None
+    if a_SK is not None:
+        parts = [dy @ linear.b_NR.detach().to(dy.dtype) for dy, linear in zip(dys, linears, strict=True)
+                 if linear.b_NR is not None]  # fmt: skip
+        dxa_TS = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if not needs_input:
+        return None, dxa_TS
+    dx_TK = None
+    if dxa_TS is not None and a_SK is not None:
+        dx_TK = dxa_TS @ a_SK
+    for dy_TN, linear in zip(dys, linears, strict=True):
+        dx_TK = linear.weight.transposed_times(dy_TN, dx_TK)
+    return dx_TK, dxa_TS
+
+
+def linears_backward_parameters(
+    dys: Sequence[Tensor], x_TK: Tensor, xa_TS: Tensor | None, dxa_TS: Tensor | None, linears: Sequence[Linear]
+) -> list[Tensor | None]:
+    """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
+    da_SK = None if dxa_TS is None else matmul_fp32(dxa_TS.t(), x_TK)
+    gradients: list[Tensor | None] = []
+    for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
+        d_weight = d_bias = d_a = d_b = None
+        if (weight := linear.weight.trained) is not None:
+            # In the weight's dtype: a bf16 weight has a bf16 gradient, as without fusing.
+            d_weight = dy_TN.t() @ x_TK if weight.dtype == x_TK.dtype else matmul_fp32(dy_TN.t(), x_TK)
+        if linear.bias_N is not None and linear.bias_N.requires_grad:
+            d_bias = dy_TN.sum(0, dtype=torch.float32 if dy_TN.dtype != torch.float64 else None)
+        if linear.a_RK is not None and xa_TS is not None and da_SK is not None:
+            d_a = da_SK[ranks] if linear.scaling == 1.0 else da_SK[ranks] * linear.scaling
+            d_b = matmul_fp32(dy_TN.t(), xa_TS[:, ranks])
+        gradients += [d_weight, d_bias, d_a, d_b]
+    return gradients

@@ -1,0 +1,117 @@
+"""Linears with LoRA against PyTorch's own autograd in fp64, and 4-bit weights against bitsandbytes."""
+
+import pytest
+import torch
+
+from truetune.ops.lora import (
+    DenseWeight,
+    Linear,
+    Nf4Weight,
+    linears_backward_input,
+    linears_backward_parameters,
+    linears_forward,
+    low_rank_product,
+)
+from truetune.ops.nf4 import dequantize_nf4, dequantize_nf4_reference
+
+T, K = 37, 48
+WIDTHS, RANKS, SCALINGS = (72, 24, 40), (4, 5, 0), (2.0, 0.75, 1.0)  # the third has no adapter
+
+
+def make(device, dtype, adapter_dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=dtype, scale=1.0):
+        return (torch.randn(*shape, generator=rng) * scale).to(device, dtype).requires_grad_()
+
+    linears = []
+    for n, r, scaling in zip(WIDTHS, RANKS, SCALINGS, strict=True):
+        a, b = (draw(r, K, dtype=adapter_dtype), draw(n, r, dtype=adapter_dtype)) if r else (None, None)
+        linears.append(Linear(DenseWeight(draw(n, K, scale=K**-0.5)), draw(n), a, b, scaling))
+    x = draw(T, K)
+    dys = [draw(T, n).detach() for n in WIDTHS]
+    return x, linears, dys
+
+
+def plain(x, linears, dys, dtype):
+    """Results and gradients by autograd, everything in `dtype`."""
+    x = x.detach().to(dtype).requires_grad_()
+    results, leaves = [], [x]
+    for linear in linears:
+        tensors = [None if t is None else t.detach().to(dtype).requires_grad_() for t in linear.tensors()]
+        weight, bias, a, b = tensors
+        y = torch.nn.functional.linear(x, weight, bias)
+        if a is not None:
+            y = y + (x @ a.t()) @ b.t() * linear.scaling
+        results.append(y)
+        leaves += tensors
+    wanted = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(results, wanted, [dy.to(dtype) for dy in dys])
+    return [*(r.detach() for r in results), *gradients]
+
+
+def ours(x, linears, dys):
+    with torch.no_grad():
+        results, xa = linears_forward(x, linears)
+        dx, dxa = linears_backward_input(dys, linears)
+        gradients = linears_backward_parameters(dys, x, xa, dxa, linears)
+    return [*results, dx, *(g for g in gradients if g is not None)]
+
+
+def error(value, exact):
+    return ((value.double().cpu() - exact.cpu()).norm() / exact.cpu().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_at_most_1_5_times_that_of_plain_pytorch(device, dtype):
+    inputs = make(device, dtype)
+    exact = plain(*inputs, torch.float64)
+    for mine, theirs, true in zip(ours(*inputs), plain(*inputs, dtype), exact, strict=True):
+        assert error(mine, true) <= max(1.5 * error(theirs, true), 3e-7)
+
+
+def test_gradients_have_the_dtype_of_what_is_trained(device):
+    x, linears, dys = make(device, torch.bfloat16)
+    _, xa = linears_forward(x.detach(), linears)
+    _, dxa = linears_backward_input(dys, linears)
+    gradients = linears_backward_parameters(dys, x.detach(), xa, dxa, linears)
+    dtypes = {g.dtype for g in gradients[2:4]}
+    assert gradients[0].dtype == torch.bfloat16  # a weight's
+    assert dtypes == {torch.float32}  # an adapter's, summed over tokens in fp32
+
+
+def test_results_are_added_to_what_is_given(device):
+    x, linears, _ = make(device, torch.bfloat16)
+    residuals = [torch.randn(T, n, device=device, dtype=torch.bfloat16) for n in WIDTHS]
+    with torch.no_grad():
+        alone, _ = linears_forward(x, linears)
+        added, _ = linears_forward(x, linears, outs=[r.clone() for r in residuals])
+    for y, both, residual in zip(alone, added, residuals, strict=True):
+        exact = y.float() + residual.float()
+        assert (both.float() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_low_rank_product_writes_every_place_of_strided_tensors(device, rank):
+    x = torch.randn(70, 3 * rank, device=device)[:, rank : 2 * rank]
+    b = torch.randn(rank, 200, device=device).t()
+    add = torch.randn(70, 200, device=device)
+    out = torch.full((70, 400), float("nan"), device=device)[:, 100:300]
+    exact = x.double() @ b.double().t()
+    assert error(low_rank_product(x, b, None, out), exact) < 1e-6
+    assert error(low_rank_product(x, b, add, out.fill_(float("nan"))), exact + add) < 1e-6
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["double quantization", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_4_bit_weights_are_those_of_bitsandbytes(device, dtype, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(192, 320, device=device, dtype=dtype)
+    packed, state = functional.quantize_4bit(weight, compress_statistics=nested, quant_type="nf4")
+    theirs = dequantize_nf4_reference(packed, state, dtype)
+    mine = dequantize_nf4(packed, state, dtype)
+    assert mine.shape == weight.shape and mine.dtype == dtype
+    assert (mine.float() - theirs.float()).abs().max() <= torch.finfo(dtype).eps * theirs.abs().max()
+    x = torch.randn(5, 320, device=device, dtype=dtype)
+    product = Nf4Weight(packed, state).times(x, None)
+    assert torch.allclose(product.float(), (x @ mine.t()).float(), rtol=1e-5, atol=1e-5)
