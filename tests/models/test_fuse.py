@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from truetune.models.attention import use_varlen_attention
-from truetune.models.families import FAMILIES
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
 
@@ -38,7 +37,7 @@ def make(model_type: str, **changes):
     config._attn_implementation = "eager" if model_type == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # norms and biases of ones and zeros would hide mistakes
+        for _name, parameter in model.named_parameters():  # norms and biases of ones and zeros would hide mistakes
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     use_varlen_attention(model)

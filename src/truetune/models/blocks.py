@@ -283,7 +283,7 @@ class GatedMlp:
         return [slice(start, start + rows) for start in range(0, len(x_TH), rows)]
 
 
-def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Any]]:
     """(the new residual stream, what `_mlp_backward` needs beside x)."""
     h_TH, rstd_T = _normed(block.norm, x_TH, block.dtype)
     gate_up, xa_TS = linears_forward(h_TH, block.gate_up)
@@ -294,7 +294,7 @@ def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Tensor | N
 
 
 def _mlp_backward(
-    block: GatedMlp, dout_TH: Tensor, x_TH: Tensor, saved: Sequence[Tensor | None], needs_input: bool
+    block: GatedMlp, dout_TH: Tensor, x_TH: Tensor, saved: Sequence[Any], needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(the gradient of x, those of all parameters). gate and up become their own gradients."""
     rstd_T, xa_TS, down_xa, y_TH, y_rstd, *gate_up = saved
@@ -334,12 +334,14 @@ class _Mlp(torch.autograd.Function):
         if not block.recompute:
             dx_TH, gradients = _mlp_backward(block, dout_TH, x_TH, saved, needs_input)
             return dx_TH, None, *gradients
-        prepared, totals = block.prepared(), []
+        prepared = block.prepared()
+        totals: list[Tensor | None] = []
         dx_TH = torch.empty_like(x_TH) if needs_input else None
         for rows in block.row_blocks(x_TH):
-            saved = _mlp_forward(prepared, x_TH[rows])[1]
-            dx_rows, gradients = _mlp_backward(prepared, dout_TH[rows], x_TH[rows], saved, needs_input)
-            if dx_TH is not None:
+            dx_rows, gradients = _mlp_backward(
+                prepared, dout_TH[rows], x_TH[rows], _mlp_forward(prepared, x_TH[rows])[1], needs_input
+            )
+            if dx_TH is not None and dx_rows is not None:
                 dx_TH[rows] = dx_rows
             totals = [_sum(total, new) for total, new in zip(totals, gradients, strict=True)] if totals else gradients
         return dx_TH, None, *totals

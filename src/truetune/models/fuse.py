@@ -310,9 +310,13 @@ def _read_norm(owner: Any, name: str | None, family: Family) -> Norm | None:
 
 def read_linear(module: Any) -> Linear:
     """A linear of Transformers, bitsandbytes or PEFT as it is just now. Raises `NotFusable`."""
-    _refuse_hooks(module)
     if not isinstance(module, LoraLayer):
         return _read_base(module)
+    return _read_lora(module)
+
+
+def _read_lora(module: Any) -> Linear:
+    _refuse_hooks(module)
     if type(module).__name__ not in ("Linear", "Linear4bit"):
         raise NotFusable(f"PEFT's {type(module).__name__} layers are left to it")
     linear = _read_base(module.base_layer)

@@ -96,8 +96,11 @@ def _add_product(out_TN: Tensor | None, x_TK: Tensor, weight_KN: Tensor) -> Tens
 class Weight(Protocol):
     """What stands behind a linear: the two products with it, each added to `out` where there is one."""
 
-    out_features: int
-    trained: Tensor | None
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def trained(self) -> Tensor | None: ...
 
     def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor: ...
 
@@ -136,7 +139,10 @@ class Nf4Weight(NamedTuple):
 
     packed: Tensor
     quant_state: Any
-    trained = None
+
+    @property
+    def trained(self) -> Tensor | None:
+        return None
 
     @property
     def out_features(self) -> int:

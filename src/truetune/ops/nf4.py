@@ -45,18 +45,18 @@ if triton is not None:
 
 def dequantize_nf4(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype` from bitsandbytes' packed 4-bit data and its `QuantState`, scaled in fp32."""
-    nested, pairs = quant_state.nested, packed.numel()
+    pairs = packed.numel()
     if not use_kernels(packed) or packed.dtype != torch.uint8 or quant_state.shape.numel() != 2 * pairs:
         return dequantize_nf4_reference(packed, quant_state, dtype)
     out = torch.empty(quant_state.shape, dtype=dtype, device=packed.device)
-    outer = quant_state.state2 if nested else None
+    nested: tuple[Any, ...] = (None, None, None)
+    if quant_state.nested:
+        nested = (quant_state.state2.code, quant_state.state2.absmax, quant_state.offset)
     with torch.cuda.device_of(packed):
         _dequantize_kernel[(triton.cdiv(pairs, 2048),)](
-            packed, quant_state.absmax, quant_state.code,
-            outer.code if nested else None, outer.absmax if nested else None, quant_state.offset if nested else None,
-            out, pairs,
-            BLOCK_SIZE=quant_state.blocksize, NESTED_SIZE=outer.blocksize if nested else 1, NESTED=nested, PAIRS=2048,
-            num_warps=8,
+            packed, quant_state.absmax, quant_state.code, *nested, out, pairs,
+            BLOCK_SIZE=quant_state.blocksize, NESTED_SIZE=quant_state.state2.blocksize if quant_state.nested else 1,
+            NESTED=quant_state.nested, PAIRS=2048, num_warps=8,
         )  # fmt: skip
     return out
 
