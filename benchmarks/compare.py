@@ -1,0 +1,302 @@
+"""truetune beside TRL, Unsloth and Liger on the same step: tokens/s and peak memory as ratios from one run.
+
+    python benchmarks/compare.py --systems truetune,trl,unsloth,liger --recipe 0.6b-lora [--recipe ...] [--out FILE]
+
+Models have real shapes and random weights, made once in `--inputs` (a memory-backed directory is best). Rows are tokens
+already: lengths are log-normal (median 350, sigma 0.9, 32 to 4,096), all tokens supervised. A step is four packed rows
+of 4,096. Every system runs its own trainer in a process of its own, 14 steps of which 5 warm up. `--peer-path` goes in
+front of PYTHONPATH for the peers (flash-attn's names, where flash-attn itself is not installed).
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STEPS, WARM_UP, ROWS, LENGTH = 14, 5, 4, 4096
+SYSTEMS = ("truetune", "trl", "unsloth", "liger")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`policy`: truetune's `activation_policy`; peers recompute (Unsloth offloads) wherever it is not keep."""
+
+    model: str
+    method: str
+    policy: str
+    precision: str = "bf16"
+
+
+RECIPES = {
+    "8b-lora-keep": Recipe("llama-8b", "lora", "keep"),
+    "8b-lora-fp8": Recipe("llama-8b", "lora", "keep", "fp8"),
+    "8b-lora-lean": Recipe("llama-8b", "lora", "lean"),
+    "8b-lora-defaults": Recipe("llama-8b", "lora", "auto"),
+    "8b-qlora-lean": Recipe("llama-8b", "qlora", "lean", "nf4"),
+    "4b-lora-keep": Recipe("qwen3-4b", "lora", "keep"),
+    "0.6b-lora": Recipe("qwen3-0.6b", "lora", "keep"),
+    "0.6b-full": Recipe("qwen3-0.6b", "full", "keep"),
+    "0.6b-qlora": Recipe("qwen3-0.6b", "qlora", "keep", "nf4"),
+}
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN3_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+SHAPES = {
+    "llama-8b": ("llama", LLAMA_8B),
+    "qwen3-4b": ("qwen3", QWEN3 | QWEN3_4B),
+    "qwen3-0.6b": ("qwen3", QWEN3 | QWEN3_06B),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_inputs(directory: Path, name: str) -> None:
+    """A checkpoint with random weights, a small tokenizer and rows of tokens; nothing where they are already."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    if (directory / name / "rows.jsonl").is_file():
+        return
+    model_type, sizes = SHAPES[name]
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "max_position_embeddings": 40960}
+    config = AutoConfig.for_model(model_type, **sizes, **tokens)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory / name, max_shard_size="4GB")
+    special = ["<|pad|>", "<|end|>", "<|begin|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1], bos_token=special[2]
+    ).save_pretrained(directory / name)
+    rng = random.Random(0)
+    with open(directory / name / "rows.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(3000):
+            length = int(min(LENGTH, max(32, rng.lognormvariate(math.log(350), 0.9))))
+            row = [rng.randrange(10, config.vocab_size) for _ in range(length)]
+            file.write(json.dumps({"input_ids": row}) + "\n")
+
+
+def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
+    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
+    begun = time.perf_counter()
+    keep = recipe.policy == "keep"
+    if system == "unsloth":
+        from unsloth import FastLanguageModel  # before everything that it patches
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+
+    if system == "truetune":
+        from truetune import SFTConfig, SFTTrainer, load_model
+    else:
+        from trl import SFTConfig, SFTTrainer
+    path = str(directory / recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    peft_config = None if recipe.method == "full" else lora
+    options: dict = {"gradient_checkpointing": not keep}
+    if system == "truetune":
+        model = load_model(path, precision=recipe.precision)
+        options = {"activation_policy": recipe.policy}
+    elif system == "unsloth":
+        checkpointing = False if keep else "unsloth"
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            path,
+            max_seq_length=LENGTH,
+            dtype=torch.bfloat16,
+            load_in_4bit=recipe.method == "qlora",
+            full_finetuning=recipe.method == "full",
+            use_gradient_checkpointing=checkpointing,
+        )
+        if recipe.method != "full":
+            model = FastLanguageModel.get_peft_model(
+                model,
+                r=16,
+                lora_alpha=16,
+                lora_dropout=0,
+                target_modules=TARGETS,
+                use_gradient_checkpointing=checkpointing,
+            )
+        peft_config = None
+    else:
+        quantization = None
+        if recipe.method == "qlora":
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.bfloat16,
+            device_map={"": 0},
+            quantization_config=quantization,
+            attn_implementation="flash_attention_2",
+        )
+        options |= {"padding_free": True, "use_liger_kernel": system == "liger"}
+    args = SFTConfig(
+        output_dir="/tmp/compare",
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        learning_rate=1e-5,
+        bf16=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        max_length=LENGTH,
+        packing=True,
+        optim="adamw_torch_fused",
+        seed=0,
+        disable_tqdm=True,
+        **options,
+    )
+    stamps: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+            if state.global_step == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
+
+    rows = load_dataset("json", data_files=f"{path}/rows.jsonl", split="train")
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[Clock()],
+    )
+    tokens: list[int] = []
+    collate = trainer.data_collator
+
+    def counted(features):
+        batch = collate(features)
+        tokens.append(batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = counted
+    ready = time.perf_counter()
+    trainer.train()
+    seconds = stamps[-1] - stamps[WARM_UP - 1]
+    result = {
+        "system": system,
+        "tokens_per_s": round(sum(tokens[WARM_UP:STEPS]) / seconds),
+        "ms_per_step": round(1e3 * seconds / (STEPS - WARM_UP), 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "ready_s": round(ready - begun, 1),
+        "first_step_s": round(stamps[0] - ready, 1),
+        "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if system == "truetune" and os.environ.get("TRUETUNE_PROFILE"):
+        result["profile"] = profile_step(trainer, os.environ["TRUETUNE_PROFILE"])
+    return result
+
+
+def profile_step(trainer, path: str) -> str:
+    """The kernels of one more step by their time on the device, written to `path`."""
+    import torch
+
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.profiler.profile() as profile:
+        trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=torch.tensor(16000, device="cuda"))
+        torch.cuda.synchronize()
+    by_name: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            by_name.setdefault(event.name, []).append(event.device_time)
+    lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):5d} x  {name[:150]}" for name, t in by_name.items()]
+    total = sum(sum(t) for t in by_name.values()) / 1e3
+    text = "\n".join([f"{total:9.2f} ms in all", *sorted(lines, key=lambda line: -float(line.split()[0]))])
+    Path(path).write_text(text + "\n")
+    return path
+
+
+def run_apart(system: str, name: str, directory: Path, peer_path: str) -> dict | None:
+    environment = dict(os.environ)
+    if system != "truetune" and peer_path:
+        environment["PYTHONPATH"] = f"{peer_path}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, __file__, "--one", system, name, "--inputs", str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        print(f"{system} {name} failed:\n{done.stderr[-3000:]}", flush=True)
+        return None
+    return json.loads(found[-1].removeprefix("RESULT "))
+
+
+def table(name: str, runs: list[dict]) -> str:
+    """Every system's numbers, and truetune's over them."""
+    ours = next((run for run in runs if run["system"] == "truetune"), None)
+    lines = [f"{name:18}{'tokens/s':>10}{'peak GiB':>10}{'truetune:':>12}{'speed':>8}{'memory':>8}"]
+    for run in runs:
+        ratio = "" if ours is None or run is ours else (
+            f"{'':12}{ours['tokens_per_s'] / run['tokens_per_s']:>7.2f}x{ours['peak_gib'] / run['peak_gib']:>7.2f}x"
+        )  # fmt: skip
+        lines.append(f"  {run['system']:16}{run['tokens_per_s']:>10,}{run['peak_gib']:>10.2f}{ratio}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default="truetune,trl")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, default=[])
+    parser.add_argument("--inputs", type=Path, default=Path("/dev/shm/truetune-inputs"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peer-path", default="")
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "RECIPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        system, name = options.one
+        print("RESULT " + json.dumps(train_one(system, RECIPES[name], options.inputs)), flush=True)
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/compare.py needs a CUDA GPU: its numbers mean nothing on a CPU.")
+    results = []
+    for name in options.recipe or ["0.6b-lora"]:
+        make_inputs(options.inputs, RECIPES[name].model)
+        runs = [run_apart(system, name, options.inputs, options.peer_path) for system in options.systems.split(",")]
+        results.append({"recipe": name, **asdict(RECIPES[name]), "runs": [run for run in runs if run]})
+        print(table(name, results[-1]["runs"]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
+
+
+def environment() -> dict:
+    import torch
+    import transformers
+    import trl
+
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
