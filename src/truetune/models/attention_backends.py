@@ -346,7 +346,7 @@ BACKENDS = (  # best first
         "flash_attn.cute",
         "flash_attn_varlen_func",
         majors=(9, 10),
-        head_dims=range(8, 129, 8),
+        head_dims=range(64, 129, 32),
     ),
     Backend(
         "FlashAttention-3",
