@@ -36,17 +36,21 @@ def any_device() -> str:
 
 
 def _round_in_the_interpreter(monkeypatch) -> None:
-    """Triton 3.9's interpreter truncates fp32 to bf16; a GPU rounds to the nearest."""
+    """Triton 3.9's interpreter truncates fp32 to bf16 and E4M3; a GPU rounds to the nearest."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     truncating_cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+        if source.dtype.scalar != tl.float32 or dtype.scalar not in (tl.bfloat16, tl.float8e4nv):
             return truncating_cast(self, source, dtype)
-        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
-        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
+        exact = torch.from_numpy(np.array(source.data, dtype=np.float32))
+        if dtype.scalar == tl.bfloat16:
+            bits = exact.bfloat16().view(torch.uint16)
+        else:
+            bits = exact.to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(bits.numpy(), dtype.scalar)
 
     def dot(self, a, b, d, *_):
         """Triton 3.9's interpreter multiplies the bits of bf16 as integers."""

@@ -1,0 +1,226 @@
+"""Products with frozen FP8 weights: E4M3 on both sides, a scale for each row of either operand.
+
+A row is scaled so that its largest magnitude becomes 448, the largest E4M3 number (Micikevicius et al., "FP8 Formats
+for Deep Learning", 2022), and rounded to the nearest. Forward multiplies rows of activations with rows of the weight,
+backward rows of gradients with its columns; `torch._scaled_mm` wants either contiguous along the summed dimension, so
+an `Fp8Weight` holds the weight twice, in two bytes an element, as many as bf16. Either copy is rounded from the
+original, with scales of its own.
+
+Letters of tensor shapes: T tokens, K input features, N output features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.ops.backend import tl, triton, use_kernels
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = 448.0  # of E4M3
+_SMALLEST_AMAX = 448.0 * 2.0**-126  # below it the scale, or its inverse, would leave fp32's normal numbers
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Triton kernels
+
+if triton is not None:
+    _LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_LARGEST), tl.constexpr(_SMALLEST_AMAX)
+
+    @triton.jit
+    def row_scale(amax):
+        """A row's scale and its inverse. No clamp is needed after it: amax * inverse exceeds 448 by a rounding of fp32
+        at most, and everything below 464 rounds to 448. What was NaN or infinite becomes NaN."""
+        scale = tl.div_rn(tl.maximum(amax, _SMALLEST_AMAX_TL), _LARGEST_TL)
+        return scale, tl.div_rn(1.0, scale)
+
+    @triton.jit
+    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, K, BLOCK: tl.constexpr):
+        """One program a row, two passes over it; the second finds it in the cache."""
+        row = tl.program_id(0).to(tl.int64)
+        amax = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+            amax = tl.maximum(amax, tl.abs(x))
+        scale, inverse = row_scale(tl.max(amax, 0))
+        tl.store(scale_ptr + row, scale)
+        for start in range(0, K, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+            tl.store(x8_ptr + row * K + cols, (x * inverse).to(tl.float8e4nv), mask=cols < K)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launcher
+
+
+def _launch(x_TK: Tensor, x8_TK: Tensor, scale_T: Tensor) -> None:
+    T, K = x_TK.shape
+    block = min(4096, triton.next_power_of_2(K))
+    with torch.cuda.device_of(x_TK):
+        _quantize_rows_kernel[(T,)](
+            x_TK, x8_TK, scale_T, x_TK.stride(0), K, BLOCK=block, num_warps=max(1, block // 256)
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward and backward
+
+
+def why_not_fp8(device: torch.device | str) -> str | None:
+    """Why this device cannot multiply in FP8, in one sentence, or None. A CPU can: it dequantizes and uses fp32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"FP8 weights need an NVIDIA GPU, and this is a {device.type} device: use bf16."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return (
+            f"FP8 weights need compute capability 8.9 (Ada, Hopper or newer), and {torch.cuda.get_device_name(device)} "
+            f"has {capability[0]}.{capability[1]}: use bf16 or nf4."
+        )
+    return None
+
+
+def why_not_fp8_shape(in_features: int, out_features: int) -> str | None:
+    """Why a weight of this shape cannot be FP8, in one sentence, or None: the GEMMs load 16 bytes at a time."""
+    if in_features % 16 or out_features % 16:
+        return (
+            f"FP8 weights need feature counts that are multiples of 16, and this one is {out_features} x {in_features}:"
+            " leave the layer out."
+        )
+    return None
+
+
+def quantize_rows(x_TK: Tensor, *, transpose: bool = False) -> tuple[Tensor, Tensor]:
+    """x_TK -> (x8_TK in E4M3, scale_T in fp32) with x ~ x8 * scale; with `transpose` x8_KT and scale_K, of x's columns.
+
+    The last dimension of x is contiguous, its rows may be strided. Rows of zeros stay zeros. Not differentiable.
+    """
+    if transpose:
+        x_TK = x_TK.t().contiguous()  # for weights, once: a kernel of its own would not pay
+    if not use_kernels(x_TK):
+        return quantize_rows_reference(x_TK)
+    x8_TK = torch.empty(x_TK.shape, dtype=FP8, device=x_TK.device)
+    scale_T = torch.empty(x_TK.shape[0], dtype=torch.float32, device=x_TK.device)
+    if x_TK.shape[0]:
+        _launch(x_TK, x8_TK, scale_T)
+    return x8_TK, scale_T
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A frozen weight_NK in E4M3 for y = x @ weight.T (rows and their scales) and for dx = dy @ weight (columns)."""
+
+    weight8_NK: Tensor
+    scale_1N: Tensor
+    weight8_KN: Tensor
+    scale_1K: Tensor
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor) -> "Fp8Weight":
+        weight8_NK, scale_N = quantize_rows(weight_NK)
+        weight8_KN, scale_K = quantize_rows(weight_NK, transpose=True)
+        return cls(weight8_NK, scale_N[None, :], weight8_KN, scale_K[None, :])
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """weight_NK as the forward product sees it."""
+        return (self.weight8_NK.float() * self.scale_1N.t()).to(dtype)
+
+
+def fp8_linear(
+    x8_TK: Tensor,
+    scale_T: Tensor,
+    weight: Fp8Weight,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """y_TN = x @ weight.T + bias of a quantized x (`quantize_rows`)."""
+    return _scaled_product(x8_TK, scale_T, weight.weight8_NK, weight.scale_1N, bias, out_dtype)
+
+
+def fp8_linear_backward(
+    dy8_TN: Tensor, scale_T: Tensor, weight: Fp8Weight, *, out_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """dx_TK = dy @ weight of a quantized dy (`quantize_rows`). The weight is frozen and has no gradient."""
+    return _scaled_product(dy8_TN, scale_T, weight.weight8_KN, weight.scale_1K, None, out_dtype)
+
+
+def _scaled_product(
+    a8: Tensor, scale_a: Tensor, b8: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows."""
+    if not a8.is_cuda:
+        product = (a8.float() @ b8.float().t()) * scale_a[:, None] * scale_b
+        return (product if bias is None else product + bias).to(out_dtype)
+    if not a8.shape[0]:
+        return torch.empty((0, b8.shape[0]), dtype=out_dtype, device=a8.device)
+    product = torch._scaled_mm(
+        a8,
+        b8.t(),
+        scale_a=scale_a[:, None],
+        scale_b=scale_b,
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+    return product.to(out_dtype)
+
+
+class _FrozenFp8Linear(torch.autograd.Function):
+    """Saves no activation: the gradient needs the weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+        x8_TK, scale_T = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous())
+        y_TN = fp8_linear(x8_TK, scale_T, weight, bias=bias, out_dtype=x.dtype)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, Tensor | None]:
+        (dy,) = grads
+        dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()  # it may be expanded from a scalar
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dy8_TN, scale_T = quantize_rows(dy_TN)
+            dx_TK = fp8_linear_backward(dy8_TN, scale_T, ctx.weight, out_dtype=dy.dtype)
+            dx = dx_TK.view(*dy.shape[:-1], dx_TK.shape[1])
+        if ctx.needs_input_grad[2]:
+            dbias = dy_TN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, None, dbias
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public function
+
+
+def frozen_fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in x's dtype, x [..., K] quantized on the way; so is the gradient on its way back.
+
+    Differentiable in x and bias. `why_not_fp8` and `why_not_fp8_shape` say where it cannot be used.
+    """
+    return _FrozenFp8Linear.apply(x, weight, bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain PyTorch
+
+
+def quantize_rows_reference(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` in plain PyTorch."""
+    x_TK = x_TK.float()
+    scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) / _LARGEST
+    return (x_TK * scale_T1.reciprocal()).to(FP8), scale_T1.squeeze(-1)
+
+
+def frozen_fp8_linear_reference(x: Tensor, weight_NK: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`frozen_fp8_linear` without autograd, the weight not yet quantized."""
+    x8, scale_x = quantize_rows_reference(x.reshape(-1, x.shape[-1]))
+    weight8, scale_w = quantize_rows_reference(weight_NK)
+    y_TN = (x8.float() * scale_x[:, None]) @ (weight8.float() * scale_w[:, None]).t()
+    y_TN = y_TN if bias is None else y_TN + bias
+    return y_TN.to(x.dtype).view(*x.shape[:-1], -1)
