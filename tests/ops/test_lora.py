@@ -82,13 +82,15 @@ def test_gradients_have_the_dtype_of_what_is_trained(device):
 
 def test_results_are_added_to_what_is_given(device):
     x, linears, _ = make(device, torch.bfloat16)
-    residuals = [torch.randn(T, n, device=device, dtype=torch.bfloat16) for n in WIDTHS]
-    with torch.no_grad():
-        alone, _ = linears_forward(x, linears)
-        added, _ = linears_forward(x, linears, outs=[r.clone() for r in residuals])
-    for y, both, residual in zip(alone, added, residuals, strict=True):
-        exact = y.float() + residual.float()
-        assert (both.float() - exact).abs().max() <= 0.02 * exact.abs().max()
+    for linear in linears:
+        residual = torch.randn(T, linear.weight.out_features, device=device, dtype=torch.bfloat16)
+        before = residual.clone()
+        with torch.no_grad():
+            (alone,), _ = linears_forward(x, (linear,))
+            (added,), _ = linears_forward(x, (linear,), residual_TN=residual)
+        exact = alone.float() + residual.float()
+        assert (added.float() - exact).abs().max() <= 0.02 * exact.abs().max()
+        assert torch.equal(residual, before)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 40])
@@ -98,8 +100,8 @@ def test_low_rank_product_writes_every_place_of_strided_tensors(device, rank):
     add = torch.randn(70, 200, device=device)
     out = torch.full((70, 400), float("nan"), device=device)[:, 100:300]
     exact = x.double() @ b.double().t()
-    assert error(low_rank_product(x, b, None, out), exact) < 1e-6
-    assert error(low_rank_product(x, b, add, out.fill_(float("nan"))), exact + add) < 1e-6
+    assert error(low_rank_product(x, b, (), out), exact) < 1e-6
+    assert error(low_rank_product(x, b, (add, add, add), out.fill_(float("nan"))), exact + 3 * add) < 1e-6
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["double quantization", "plain"])

@@ -19,10 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from truetune.ops.lora import Linear, linears_backward_input, linears_backward_parameters, linears_forward
+from truetune.ops.lora import (
+    Linear,
+    Quantized,
+    linears_backward_input,
+    linears_backward_parameters,
+    linears_forward,
+)
 from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from truetune.ops.rope import rope_backward, rope_forward
-from truetune.ops.swiglu import glu_backward, glu_forward
+from truetune.ops.swiglu import Activation, glu_backward, glu_forward
 
 RECOMPUTED_ROWS = 4096  # enough for full GEMMs, few enough that gate and up stay small
 
@@ -34,12 +40,15 @@ class Norm(NamedTuple):
     eps: float
     offset: float
 
-    def forward(self, x_TH: Tensor, dtype: torch.dtype, residual_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y, or residual + y where there is one; 1 / rms [T])."""
+    def forward(
+        self, x_TH: Tensor, dtype: torch.dtype, residual_TH: Tensor | None = None, quantize: bool = False
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
+        """(y, or residual + y where there is one; 1 / rms [T]; y in FP8 where that is asked for)."""
         done = rms_norm_forward(
-            x_TH, self.weight_H.detach(), self.eps, offset=self.offset, residual_TH=residual_TH, out_dtype=dtype
-        )
-        return done.y, done.rstd_T
+            x_TH, self.weight_H.detach(), self.eps,
+            offset=self.offset, residual_TH=residual_TH, out_dtype=dtype, quantize=quantize,
+        )  # fmt: skip
+        return done.y, done.rstd_T, Quantized(done.y8, done.scale_T) if quantize else None
 
     def backward(
         self, dy_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, dresidual_TH: Tensor | None = None
@@ -90,12 +99,12 @@ class QkvProjection:
 class _ProjectQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, cos_TR, sin_TR, block: QkvProjection, *_):
-        h_TH, rstd_T = _normed(block.norm, x_TH, block.dtype)
-        q_TN, k_TN, v_TN, xas = _qkv_forward(block, h_TH)
+        h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.linears)
+        q_TN, k_TN, v_TN, xas = _qkv_forward(block, h_TH, h8)
         q, k = (x.unflatten(-1, (-1, block.head_dim)) for x in (q_TN, k_TN))
         saved_qk: tuple[Tensor | None, ...] = (None, None, None, None)
         if block.norm_rows and block.q_norm is not None and block.k_norm is not None:
-            (q_TN, q_rstd), (k_TN, k_rstd) = (
+            (q_TN, q_rstd, _), (k_TN, k_rstd, _) = (
                 norm.forward(x, block.dtype) for norm, x in ((block.q_norm, q_TN), (block.k_norm, k_TN))
             )
             saved_qk = (q.flatten(1), k.flatten(1), q_rstd, k_rstd)
@@ -120,15 +129,20 @@ class _ProjectQkv(torch.autograd.Function):
         if block.norm_rows and block.q_norm is not None and block.k_norm is not None:
             dq_TN, d_qn = block.q_norm.backward(dq_TN, q, q_rstd)
             dk_TN, d_kn = block.k_norm.backward(dk_TN, k, k_rstd)
-        h_TH, _ = _normed(block.norm, x_TH, block.dtype)
+        h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
         needs_input = ctx.needs_input_grad[0] or (block.norm is not None and block.norm.weight_H.requires_grad)
         dh_TH, gradients = _qkv_backward(block, (dq_TN, dk_TN, dv_TN), h_TH, xas, needs_input)
         dx_TH, d_norm = _norm_backward(block.norm, dh_TH, x_TH, rstd_T, dresidual_TH)
         return dx_TH, None, None, None, d_norm, d_qn, d_kn, *gradients
 
 
-def _normed(norm: Norm | None, x_TH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return (x_TH.to(dtype), None) if norm is None else norm.forward(x_TH, dtype)
+def _normed(
+    norm: Norm | None, x_TH: Tensor, dtype: torch.dtype, linears: Sequence[Linear] = ()
+) -> tuple[Tensor, Tensor | None, Quantized | None]:
+    """What the linears take, also in FP8 where they are."""
+    if norm is None:
+        return x_TH.to(dtype), None, None
+    return norm.forward(x_TH, dtype, quantize=any(linear.weight.fp8 for linear in linears))
 
 
 def _norm_backward(norm, dh_TH, x_TH, rstd_T, dresidual_TH) -> tuple[Tensor | None, Tensor | None]:
@@ -141,15 +155,17 @@ def _norm_backward(norm, dh_TH, x_TH, rstd_T, dresidual_TH) -> tuple[Tensor | No
     return (dx_TH if dresidual_TH is None else dx_TH + dresidual_TH), None
 
 
-def _qkv_forward(block: QkvProjection, h_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+def _qkv_forward(
+    block: QkvProjection, h_TH: Tensor, h8: Quantized | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     if len(block.linears) == 1:
-        (qkv_TN,), xa_TS = linears_forward(h_TH, block.linears)
+        (qkv_TN,), xa_TS = linears_forward(h_TH, block.linears, quantized=h8)
         return *qkv_TN.split(block.widths, 1), (xa_TS, None)
     if block.rows_K is None:
-        (q_TN, k_TN, v_TN), xa_TS = linears_forward(h_TH, block.linears)
+        (q_TN, k_TN, v_TN), xa_TS = linears_forward(h_TH, block.linears, quantized=h8)
         return q_TN, k_TN, v_TN, (xa_TS, None)
     (q_KN,), q_xa = linears_forward(h_TH.index_select(0, block.rows_K), block.linears[:1])
-    (k_TN, v_TN), kv_xa = linears_forward(h_TH, block.linears[1:])
+    (k_TN, v_TN), kv_xa = linears_forward(h_TH, block.linears[1:], quantized=h8)
     q_TN = h_TH.new_zeros(len(h_TH), block.widths[0]).index_copy_(0, block.rows_K, q_KN)
     return q_TN, k_TN, v_TN, (kv_xa, q_xa)
 
@@ -207,16 +223,21 @@ class ResidualProjection:
 
 
 def _into_residual(
-    x_TN: Tensor, residual_TH: Tensor, linear: Linear, post_norm: Norm | None, multiplier: float
+    x_TN: Tensor,
+    residual_TH: Tensor,
+    linear: Linear,
+    post_norm: Norm | None,
+    multiplier: float,
+    quantized: Quantized | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(the new residual stream, scaling * x @ A.T, and what a post-norm needs in the backward pass)."""
     if post_norm is None and multiplier == 1.0:
-        (out_TH,), xa_TS = linears_forward(x_TN, (linear,), outs=(residual_TH.clone(),))
+        (out_TH,), xa_TS = linears_forward(x_TN, (linear,), residual_TN=residual_TH, quantized=quantized)
         return out_TH, xa_TS, None, None
-    (y_TH,), xa_TS = linears_forward(x_TN, (linear,))
+    (y_TH,), xa_TS = linears_forward(x_TN, (linear,), quantized=quantized)
     if post_norm is None:
         return torch.add(residual_TH, y_TH, alpha=multiplier), xa_TS, None, None
-    out_TH, rstd_T = post_norm.forward(y_TH, residual_TH.dtype, residual_TH)
+    out_TH, rstd_T, _ = post_norm.forward(y_TH, residual_TH.dtype, residual_TH)
     return out_TH, xa_TS, y_TH, rstd_T
 
 
@@ -260,7 +281,7 @@ class GatedMlp:
 
     norm: Norm | None
     gate_up: list[Linear]  # gate, up; or one whose output holds them one after the other
-    activation: str
+    activation: Activation
     down: Linear
     post_norm: Norm | None
     multiplier: float
@@ -285,11 +306,13 @@ class GatedMlp:
 
 def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Any]]:
     """(the new residual stream, what `_mlp_backward` needs beside x)."""
-    h_TH, rstd_T = _normed(block.norm, x_TH, block.dtype)
-    gate_up, xa_TS = linears_forward(h_TH, block.gate_up)
-    gate_TI, up_TI = _halves(gate_up)
-    act_TI = glu_forward(gate_TI, up_TI, block.activation)[0]
-    out_TH, down_xa, y_TH, y_rstd = _into_residual(act_TI, x_TH, block.down, block.post_norm, block.multiplier)
+    h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
+    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8)
+    act_TI, act8_TI, scale_T = glu_forward(*_halves(gate_up), block.activation, quantize=block.down.weight.fp8)
+    quantized = None if act8_TI is None or scale_T is None else Quantized(act8_TI, scale_T)
+    out_TH, down_xa, y_TH, y_rstd = _into_residual(
+        act_TI, x_TH, block.down, block.post_norm, block.multiplier, quantized
+    )
     return out_TH, [rstd_T, xa_TS, down_xa, y_TH, y_rstd, *gate_up]
 
 
@@ -300,12 +323,17 @@ def _mlp_backward(
     rstd_T, xa_TS, down_xa, y_TH, y_rstd, *gate_up = saved
     dy_TH, d_post = _from_residual(dout_TH, block.dtype, block.post_norm, block.multiplier, y_TH, y_rstd)
     dact_TI, down_dxa = linears_backward_input((dy_TH,), (block.down,))
-    act_TI = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI)[2]
+    assert dact_TI is not None
+    fp8 = len(gate_up) == 2 and all(linear.weight.fp8 for linear in block.gate_up)
+    grads = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI, quantize=fp8)
+    act_TI, *grads8 = grads[2:]
+    quantized = [Quantized(*grads8[:2]), Quantized(*grads8[2:])] if fp8 else None
     down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_dxa, (block.down,))
-    del act_TI, dact_TI
-    h_TH, _ = _normed(block.norm, x_TH, block.dtype)
+    del grads, act_TI, dact_TI, grads8
+    h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
     needs_input = needs_input or (block.norm is not None and block.norm.weight_H.requires_grad)
-    dh_TH, dxa_TS = linears_backward_input(gate_up, block.gate_up, needs_input=needs_input)
+    dh_TH, dxa_TS = linears_backward_input(gate_up, block.gate_up, needs_input=needs_input, quantized=quantized)
+    del quantized
     gradients = linears_backward_parameters(gate_up, h_TH, xa_TS, dxa_TS, block.gate_up)
     dx_TH, d_norm = _norm_backward(block.norm, dh_TH, x_TH, rstd_T, dout_TH)
     return dx_TH, [d_norm, d_post, *gradients, *down_gradients]

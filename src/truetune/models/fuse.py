@@ -24,9 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from truetune.models.adapters import lora_linear_forward
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
 from truetune.models.families import Family, class_path, family_of
-from truetune.ops.lora import DenseWeight, Linear, Nf4Weight
+from truetune.models.fp8 import Fp8Linear
+from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
+from truetune.ops.swiglu import Activation
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
     "PytorchGELUTanh": "gelu_tanh",
@@ -343,6 +345,8 @@ def _read_lora(module: Any) -> Linear:
 
 def _read_base(module: Any) -> Linear:
     _refuse_hooks(module)
+    if type(module) is Fp8Linear:
+        return Linear(QuantizedWeight(module.fp8_weight), module.bias)
     if isinstance(module.weight, DTensor):
         raise NotFusable("its weight is sharded")
     if type(module) is nn.Linear:

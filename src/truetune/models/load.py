@@ -25,11 +25,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from truetune.models.attention import use_varlen_attention, why_not_packable
 from truetune.models.errors import ModelError
+from truetune.models.fp8 import replace_linears_with_fp8
+from truetune.ops.fp8 import why_not_fp8
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PRECISIONS = ("auto", *DTYPES, "nf4")
+PRECISIONS = ("auto", *DTYPES, "nf4", "fp8")
 _HUB_ARGUMENTS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
 
 
@@ -37,7 +39,8 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
     """A Hub name or a directory -> a causal language model on this process's GPU, or on the CPU where there is none.
 
     `precision` is the weights': "auto" (bf16 on a GPU, fp32 on a CPU, a quantized checkpoint as it is), "bf16", "fp16",
-    "fp32", or "nf4": 4-bit NormalFloat with double quantization (Dettmers et al., "QLoRA", 2023). Attention is ours
+    "fp32", "nf4" (4-bit NormalFloat with double quantization; Dettmers et al., "QLoRA", 2023), or "fp8" (frozen E4M3 for
+    GEMMs of twice the rate, in as much memory as bf16; `models/fp8.py`). Attention is ours
     unless `attn_implementation` is given or `why_not_packable` has a reason, which is logged. Other keyword arguments
     go to `from_pretrained`. Raises `ModelError` for what cannot be loaded.
     """
@@ -53,6 +56,8 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
         index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
         kwargs.setdefault("device_map", {"": torch.device("cuda", index)})
     model = _from_pretrained(name_or_path, {**kwargs, **weights})
+    if precision == "fp8":
+        replace_linears_with_fp8(model)
     if "attn_implementation" not in kwargs:
         if reason := why_not_packable(model):
             logger.warning("The model keeps its own attention: %s", reason)
@@ -68,8 +73,8 @@ def check_model(
 
     `hub_kwargs`: `trust_remote_code`, `subfolder`, `token`... as for `from_pretrained`. Raises `ModelError`.
     """
-    if precision == "fp8":
-        raise ModelError("precision fp8 comes with the fast path, which is not there yet: use bf16 or nf4.")
+    if precision == "fp8" and (reason := why_not_fp8("cuda" if torch.cuda.is_available() else "cpu")):
+        raise ModelError(reason)
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}.")
     config = _load_config(name_or_path, {"trust_remote_code": False, "revision": revision, **hub_kwargs})

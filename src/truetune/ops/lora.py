@@ -2,11 +2,12 @@
 
 Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. The adapter's
 product goes into the result first, and the weight's product is added to it by the GEMM itself, so that no pass over the
-result is spent on the sum. LoRA: Hu et al., arXiv:2106.09685.
+result is spent on the sum; FP8 products, which take no addend, come first instead. LoRA: Hu et al., arXiv:2106.09685.
 
 Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.fp8 import Fp8Weight, fp8_linear, fp8_linear_backward, quantize_rows
 from truetune.ops.nf4 import dequantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -24,47 +26,54 @@ if triton is not None:
 
     @triton.jit
     def _low_rank_product_kernel(
-        x_ptr, b_ptr, add_ptr, out_ptr, T, N,
-        stride_x, stride_bn, stride_br, stride_add, stride_out,
-        RANK: tl.constexpr, PADDED: tl.constexpr, HAS_ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+        x_ptr, b_ptr, add0_ptr, add1_ptr, add2_ptr, out_ptr, T, N,
+        stride_x, stride_bn, stride_br, stride_add0, stride_add1, stride_add2, stride_out,
+        RANK: tl.constexpr, PADDED: tl.constexpr, ADDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-        col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         rank = tl.arange(0, PADDED)
-        x = tl.load(
-            x_ptr + row[:, None] * stride_x + rank[None, :],
-            mask=(row < T)[:, None] & (rank < RANK)[None, :],
-            other=0.0,
-        )
+        x = tl.load(x_ptr + row * stride_x + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
         b = tl.load(
-            b_ptr + col[None, :].to(tl.int64) * stride_bn + rank[:, None] * stride_br,
-            mask=(col < N)[None, :] & (rank < RANK)[:, None],
+            b_ptr + col.to(tl.int64) * stride_bn + rank[:, None] * stride_br,
+            mask=(col < N) & (rank < RANK)[:, None],
             other=0.0,
         )
-        product = tl.dot(x, b.to(x.dtype), input_precision="ieee")
-        mask = (row < T)[:, None] & (col < N)[None, :]
-        if HAS_ADD:
-            product += tl.load(add_ptr + row[:, None] * stride_add + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row[:, None] * stride_out + col[None, :], product.to(out_ptr.dtype.element_ty), mask=mask)
+        out = tl.dot(x, b.to(x.dtype), input_precision="ieee")
+        mask = (row < T) & (col < N)
+        if ADDS > 0:
+            out += tl.load(add0_ptr + row * stride_add0 + col, mask=mask, other=0.0).to(tl.float32)
+        if ADDS > 1:
+            out += tl.load(add1_ptr + row * stride_add1 + col, mask=mask, other=0.0).to(tl.float32)
+        if ADDS > 2:
+            out += tl.load(add2_ptr + row * stride_add2 + col, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * stride_out + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launchers and plain products
 
 
-def low_rank_product(x_TR: Tensor, b_NR: Tensor, add_TN: Tensor | None, out_TN: Tensor) -> Tensor:
-    """out = x @ b.T (+ add), b rounded to the dtype of x on the way in; out may be `add` itself. Returns out."""
+def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
+    """out = x @ b.T + up to three addends, summed in fp32; b is rounded to the dtype of x on its way in. Returns out,
+    which may be one of the addends."""
     if not use_kernels(x_TR):
         product = x_TR @ b_NR.t().to(x_TR.dtype)
-        return out_TN.copy_(product if add_TN is None else add_TN + product)
+        for add_TN in adds:
+            product = product + add_TN
+        return out_TN.copy_(product)
     (T, R), N = x_TR.shape, b_NR.shape[0]
+    if T == 0:
+        return out_TN
     block_n = 128 if N >= 128 else 64
+    padding = [None] * (3 - len(adds))
     with torch.cuda.device_of(x_TR):
         _low_rank_product_kernel[(triton.cdiv(T, 128), triton.cdiv(N, block_n))](
-            x_TR, b_NR, add_TN, out_TN, T, N,
-            x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), 0 if add_TN is None else add_TN.stride(0), out_TN.stride(0),
-            RANK=R, PADDED=max(16, triton.next_power_of_2(R)), HAS_ADD=add_TN is not None, BLOCK_T=128,
-            BLOCK_N=block_n, num_warps=8 if R <= 64 else 4,
+            x_TR, b_NR, *adds, *padding, out_TN, T, N,
+            x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
+            out_TN.stride(0),
+            RANK=R, PADDED=max(16, triton.next_power_of_2(R)), ADDS=len(adds), BLOCK_T=128, BLOCK_N=block_n,
+            num_warps=8,
         )  # fmt: skip
     return out_TN
 
@@ -93,8 +102,18 @@ def _add_product(out_TN: Tensor | None, x_TK: Tensor, weight_KN: Tensor) -> Tens
 # Weights
 
 
+class Quantized(NamedTuple):
+    """Rows in FP8 beside the tensor that they were made of: x ~ x8 * scale."""
+
+    x8_TK: Tensor
+    scale_T: Tensor
+
+
 class Weight(Protocol):
-    """What stands behind a linear: the two products with it, each added to `out` where there is one."""
+    """What stands behind a linear: the two products with it.
+
+    A product is added to `out` where there is one, in place. `fp8`: it is one of `quantized`; x and dy give the dtype.
+    """
 
     @property
     def out_features(self) -> int: ...
@@ -102,9 +121,12 @@ class Weight(Protocol):
     @property
     def trained(self) -> Tensor | None: ...
 
-    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor: ...
+    @property
+    def fp8(self) -> bool: ...
 
-    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor: ...
+    def times(self, x_TK: Tensor, out_TN: Tensor | None, quantized: Quantized | None) -> Tensor: ...
+
+    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None, quantized: Quantized | None) -> Tensor: ...
 
     def prepared(self, dtype: torch.dtype) -> "Weight":
         """The same weight, with what several products in a row would each do done once."""
@@ -124,10 +146,14 @@ class DenseWeight(NamedTuple):
     def trained(self) -> Tensor | None:
         return self.weight_NK if self.weight_NK.requires_grad else None
 
-    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor:
+    @property
+    def fp8(self) -> bool:
+        return False
+
+    def times(self, x_TK, out_TN, quantized=None) -> Tensor:
         return _add_product(out_TN, x_TK, self.weight_NK.detach().to(x_TK.dtype).t())
 
-    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor:
+    def transposed_times(self, dy_TN, out_TK, quantized=None) -> Tensor:
         return _add_product(out_TK, dy_TN, self.weight_NK.detach().to(dy_TN.dtype))
 
     def prepared(self, dtype: torch.dtype) -> "DenseWeight":
@@ -145,17 +171,50 @@ class Nf4Weight(NamedTuple):
         return None
 
     @property
+    def fp8(self) -> bool:
+        return False
+
+    @property
     def out_features(self) -> int:
         return self.quant_state.shape[0]
 
-    def times(self, x_TK: Tensor, out_TN: Tensor | None) -> Tensor:
-        return _add_product(out_TN, x_TK, dequantize_nf4(self.packed, self.quant_state, x_TK.dtype).t())
+    def times(self, x_TK, out_TN, quantized=None) -> Tensor:
+        return self.prepared(x_TK.dtype).times(x_TK, out_TN)
 
-    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None) -> Tensor:
-        return _add_product(out_TK, dy_TN, dequantize_nf4(self.packed, self.quant_state, dy_TN.dtype))
+    def transposed_times(self, dy_TN, out_TK, quantized=None) -> Tensor:
+        return self.prepared(dy_TN.dtype).transposed_times(dy_TN, out_TK)
 
     def prepared(self, dtype: torch.dtype) -> DenseWeight:
         return DenseWeight(dequantize_nf4(self.packed, self.quant_state, dtype))
+
+
+class QuantizedWeight(NamedTuple):
+    """An FP8 weight, frozen. Its products are not summed by the GEMM, which takes no addend."""
+
+    weight: Fp8Weight
+
+    @property
+    def trained(self) -> Tensor | None:
+        return None
+
+    @property
+    def fp8(self) -> bool:
+        return True
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.weight8_NK.shape[0]
+
+    def times(self, x_TK, out_TN, quantized) -> Tensor:
+        y_TN = fp8_linear(*quantized, self.weight, out_dtype=x_TK.dtype)
+        return y_TN if out_TN is None else out_TN.add_(y_TN)
+
+    def transposed_times(self, dy_TN, out_TK, quantized) -> Tensor:
+        dx_TK = fp8_linear_backward(*quantized, self.weight, out_dtype=dy_TN.dtype)
+        return dx_TK if out_TK is None else out_TK.add_(dx_TK)
+
+    def prepared(self, dtype: torch.dtype) -> "QuantizedWeight":
+        return self
 
 
 @dataclass(slots=True)
@@ -205,44 +264,79 @@ def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
     return slices
 
 
+def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantized | None = None) -> Quantized | None:
+    if not any(linear.weight.fp8 for linear in linears):
+        return None
+    return Quantized(*quantize_rows(x_TK)) if given is None else given
+
+
 def linears_forward(
-    x_TK: Tensor, linears: Sequence[Linear], *, outs: Sequence[Tensor | None] | None = None
+    x_TK: Tensor,
+    linears: Sequence[Linear],
+    *,
+    residual_TN: Tensor | None = None,
+    quantized: Quantized | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The results [T, N] of all linears in the dtype of x, and scaling * x @ A.T [T, S] for the backward pass.
 
-    `outs`: what the results are added to, in place (a copy of a residual stream).
+    `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
     """
-    outs = outs or [None] * len(linears)
     a_SK = _scaled_a(linears, x_TK.dtype)
     xa_TS = None if a_SK is None else x_TK @ a_SK.t()
+    quantized = quantized_if_needed(x_TK, linears, quantized)
+    residuals = () if residual_TN is None else (residual_TN,)
     results = []
-    for linear, out, ranks in zip(linears, outs, _rank_slices(linears), strict=True):
-        if linear.b_NR is not None:
-            assert xa_TS is not None
-            target = x_TK.new_empty(len(x_TK), linear.weight.out_features) if out is None else out
-            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), out, target)
-        out = linear.weight.times(x_TK, out)
+    for linear, ranks in zip(linears, _rank_slices(linears), strict=True):
+        weight = linear.weight
+        if linear.b_NR is None or xa_TS is None:
+            out = weight.times(x_TK, None if residual_TN is None else residual_TN.clone(), quantized)
+        elif weight.fp8:
+            y_TN = weight.times(x_TK, None, quantized)
+            out = y_TN if residual_TN is None else torch.empty_like(residual_TN)
+            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), (y_TN, *residuals), out)
+        else:
+            like = x_TK if residual_TN is None else residual_TN
+            out = like.new_empty(len(x_TK), weight.out_features)
+            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), residuals, out)
+            out = weight.times(x_TK, out, quantized)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
 
 
 def linears_backward_input(
-    dys: Sequence[Tensor], linears: Sequence[Linear], *, needs_input: bool = True
+    dys: Sequence[Tensor],
+    linears: Sequence[Linear],
+    *,
+    needs_input: bool = True,
+    quantized: Sequence[Quantized] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient [T, K] of x, and dy @ B [T, S] for `linears_backward_parameters`)."""
+    """(the gradient [T, K] of x, and dy @ B [T, S] for `linears_backward_parameters`).
+
+    `quantized`: each dy in FP8, where they were made.
+    """
     a_SK = _scaled_a(linears, dys[0].dtype)
     dxa_TS = None
     if a_SK is not None:
-        parts = [dy @ linear.b_NR.detach().to(dy.dtype) for dy, linear in zip(dys, linears, strict=True)
-                 if linear.b_NR is not None]  # fmt: skip
+        parts = [
+            dy @ linear.b_NR.detach().to(dy.dtype)
+            for dy, linear in zip(dys, linears, strict=True)
+            if linear.b_NR is not None
+        ]
         dxa_TS = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if not needs_input:
         return None, dxa_TS
-    dx_TK = None
-    if dxa_TS is not None and a_SK is not None:
-        dx_TK = dxa_TS @ a_SK
+    if all(linear.weight.fp8 for linear in linears):
+        given = quantized or [None] * len(linears)
+        parts = [
+            linear.weight.transposed_times(dy, None, quantized_if_needed(dy, (linear,), dy8))
+            for dy, linear, dy8 in zip(dys, linears, given, strict=True)
+        ]
+        if dxa_TS is not None and a_SK is not None:
+            return low_rank_product(dxa_TS, a_SK.t(), parts, parts[0]), dxa_TS
+        return functools.reduce(Tensor.add_, parts), dxa_TS
+    dx_TK = None if dxa_TS is None or a_SK is None else dxa_TS @ a_SK
     for dy_TN, linear in zip(dys, linears, strict=True):
-        dx_TK = linear.weight.transposed_times(dy_TN, dx_TK)
+        dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
     return dx_TK, dxa_TS
 
 
