@@ -36,23 +36,27 @@ def any_device() -> str:
 
 
 def _round_in_the_interpreter(monkeypatch) -> None:
-    """Triton 3.9's interpreter truncates fp32 to bf16 and E4M3; a GPU rounds to the nearest."""
+    """Triton 3.9's interpreter truncates fp32 to bf16, and drops a carry to E4M3; a GPU rounds to the nearest."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     truncating_cast = interpreter.InterpreterBuilder.cast_impl
+    carryless_cast = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def cast(self, source, dtype):
-        if source.dtype.scalar != tl.float32 or dtype.scalar not in (tl.bfloat16, tl.float8e4nv):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
             return truncating_cast(self, source, dtype)
-        exact = torch.from_numpy(np.array(source.data, dtype=np.float32))
-        if dtype.scalar == tl.bfloat16:
-            bits = exact.bfloat16().view(torch.uint16)
-        else:
-            bits = exact.to(torch.float8_e4m3fn).view(torch.uint8)
-        return interpreter.TensorHandle(bits.numpy(), dtype.scalar)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
+
+    def fp_to_fp(self, source, dtype, rounding_mode):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.float8e4nv):
+            return carryless_cast(self, source, dtype, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", fp_to_fp)
 
 
 @pytest.fixture
