@@ -63,3 +63,10 @@ def _round_in_the_interpreter(monkeypatch) -> None:
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, so that small tests have several."""
     monkeypatch.setattr(head, "_chunk_rows", lambda *_: 4)
+
+
+@pytest.fixture
+def empty_is_nan(monkeypatch):
+    """What `torch.empty` gives holds NaN, so that an element which is not written shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: empty(size, **kwargs).fill_(float("nan")))
