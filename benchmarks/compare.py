@@ -211,21 +211,35 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
 
 
 def profile_step(trainer, path: str) -> str:
-    """The kernels of one more step by their time on the device, written to `path`."""
+    """One more step, written to `path`: the kernels by their time on the device, and Python's functions by theirs."""
+    import cProfile
+    import io
+    import pstats
+
     import torch
 
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.profiler.profile() as profile:
-        trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=torch.tensor(16000, device="cuda"))
+    batches = iter(trainer.get_train_dataloader())
+    num_items = torch.tensor(16000, device="cuda")
+
+    def step():
+        batch = trainer._prepare_inputs(next(batches))
+        trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=num_items)
         torch.cuda.synchronize()
+
+    with torch.profiler.profile() as profile:
+        step()
     by_name: dict[str, list[float]] = {}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             by_name.setdefault(event.name, []).append(event.device_time)
-    lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):5d} x  {name[:150]}" for name, t in by_name.items()]
+    lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):5d} x  {name[:100]}" for name, t in by_name.items()]
     total = sum(sum(t) for t in by_name.values()) / 1e3
     text = "\n".join([f"{total:9.2f} ms in all", *sorted(lines, key=lambda line: -float(line.split()[0]))])
-    Path(path).write_text(text + "\n")
+    python, table = cProfile.Profile(), io.StringIO()
+    with torch.autograd.set_multithreading_enabled(False):  # the backward pass in this thread, where it is seen
+        python.runcall(step)
+    pstats.Stats(python, stream=table).strip_dirs().sort_stats("tottime").print_stats(45)
+    Path(path).write_text(text + "\n\n" + table.getvalue())
     return path
 
 
@@ -261,8 +275,12 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, default=Path("/dev/shm/truetune-inputs"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peer-path", default="")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "RECIPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make:
+        make_inputs(options.inputs, options.make)
+        return
     if options.one:
         system, name = options.one
         print("RESULT " + json.dumps(train_one(system, RECIPES[name], options.inputs)), flush=True)
@@ -273,7 +291,9 @@ def main() -> None:
         sys.exit("benchmarks/compare.py needs a CUDA GPU: its numbers mean nothing on a CPU.")
     results = []
     for name in options.recipe or ["0.6b-lora"]:
-        make_inputs(options.inputs, RECIPES[name].model)
+        # Apart: a process that has used the GPU holds memory that the systems may need.
+        command = [sys.executable, __file__, "--make", RECIPES[name].model, "--inputs", str(options.inputs)]
+        subprocess.run(command, check=True)
         runs = [run_apart(system, name, options.inputs, options.peer_path) for system in options.systems.split(",")]
         results.append({"recipe": name, **asdict(RECIPES[name]), "runs": [run for run in runs if run]})
         print(table(name, results[-1]["runs"]), flush=True)

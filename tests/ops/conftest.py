@@ -36,21 +36,24 @@ def any_device() -> str:
 
 
 def _round_in_the_interpreter(monkeypatch) -> None:
-    """Triton 3.9's interpreter truncates fp32 to bf16 and E4M3; a GPU rounds to the nearest."""
+    """Triton 3.9's interpreter truncates fp32 to bf16, and drops a carry to E4M3; a GPU rounds to the nearest."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     truncating_cast = interpreter.InterpreterBuilder.cast_impl
+    carryless_cast = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def cast(self, source, dtype):
-        if source.dtype.scalar != tl.float32 or dtype.scalar not in (tl.bfloat16, tl.float8e4nv):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
             return truncating_cast(self, source, dtype)
-        exact = torch.from_numpy(np.array(source.data, dtype=np.float32))
-        if dtype.scalar == tl.bfloat16:
-            bits = exact.bfloat16().view(torch.uint16)
-        else:
-            bits = exact.to(torch.float8_e4m3fn).view(torch.uint8)
-        return interpreter.TensorHandle(bits.numpy(), dtype.scalar)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
+
+    def fp_to_fp(self, source, dtype, rounding_mode):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.float8e4nv):
+            return carryless_cast(self, source, dtype, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), dtype.scalar)
 
     def dot(self, a, b, d, *_):
         """Triton 3.9's interpreter multiplies the bits of bf16 as integers."""
@@ -59,9 +62,17 @@ def _round_in_the_interpreter(monkeypatch) -> None:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", fp_to_fp)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, so that small tests have several."""
     monkeypatch.setattr(head, "_chunk_rows", lambda *_: 4)
+
+
+@pytest.fixture
+def empty_is_nan(monkeypatch):
+    """What `torch.empty` gives holds NaN, so that an element which is not written shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: empty(size, **kwargs).fill_(float("nan")))

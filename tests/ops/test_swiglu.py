@@ -30,13 +30,6 @@ def error(value, exact):
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.fixture
-def empty_is_nan(monkeypatch):
-    """What `torch.empty` gives holds NaN, so that an element which is not written shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: empty(size, **kwargs).fill_(float("nan")))
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

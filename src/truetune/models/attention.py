@@ -151,10 +151,11 @@ def _attend_within_documents(
         # Rotary embeddings make fp32 queries and keys of bf16 ones; sdpa casts them back, and so do we.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    q_THD, k_TGD, v_TGE = (x[0].transpose(0, 1) for x in (query, key, value))
+    # No indexing and no slicing where a view does: their backward passes fill and copy whole tensors.
+    q_THD, k_TGD, v_TGE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out_THE, backend = attend(q_THD, k_TGD, v_TGE, documents, scores)
     attention_calls[backend.name] += 1
-    return out_THE[None]
+    return out_THE.unsqueeze(0)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -301,7 +301,8 @@ class Backend:
         head_dim, head_dim_v = q_THD.shape[-1], v_TGE.shape[-1]
         if self.equal_head_dims and head_dim_v < head_dim:  # as in multi-head latent attention
             v_TGE = F.pad(v_TGE, (0, head_dim - head_dim_v))
-        return self.kernel(q_THD, k_TGD, v_TGE, documents, scores)[..., :head_dim_v]
+            return self.kernel(q_THD, k_TGD, v_TGE, documents, scores)[..., :head_dim_v]
+        return self.kernel(q_THD, k_TGD, v_TGE, documents, scores)
 
     def why_not_installed(self) -> str | None:
         return _why_not_importable(self.module, self.function)
