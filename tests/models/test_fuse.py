@@ -8,8 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from truetune.models.attention import use_varlen_attention
+from truetune.models.fp8 import replace_linears_with_fp8
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
+from truetune.models.plan import fused_layers, set_activations
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -158,3 +160,36 @@ def test_the_last_layer_gives_only_the_rows_that_the_loss_needs(model_type, trai
     everywhere, only_rows = run(), run(loss_rows=rows)
     assert shapes == [labels.shape, (1, len(rows))]
     assert errors(only_rows, everywhere).max() < 2e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_fp8_layers_compute_what_fp8_linears_compute(model_type, recompute):
+    """Fused, activations are rounded to FP8 as they are made; unfused, by each linear from bf16: the same numbers."""
+    model = make(model_type).to(torch.bfloat16)
+    replace_linears_with_fp8(model)
+    model = with_lora(model)
+    inputs = packed_batch()
+    plain = loss_and_gradients(model, inputs)
+    report = fuse(model)
+    assert not report.left
+    set_activations(fused_layers(model), "lean" if recompute else "keep")
+    ours = loss_and_gradients(model, inputs)
+    assert errors(ours, plain).mean() < 0.1
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3"])
+def test_no_policy_changes_a_bit(model_type, trained):
+    model = make(model_type)
+    if trained == "lora":
+        model = with_lora(model)
+    fuse(model)
+    inputs = packed_batch()
+    runs = []
+    for policy in ("keep", "lean", "offload"):
+        set_activations(fused_layers(model), policy)
+        runs.append(loss_and_gradients(model, inputs))
+    for other in runs[1:]:
+        assert torch.equal(other[0], runs[0][0])
+        assert all(torch.equal(other[1][name], gradient) for name, gradient in runs[0][1].items())
