@@ -20,8 +20,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _needs_fp8(device):
-    if device == "cuda" and (reason := why_not_fp8("cuda")):
+def _needs_fp8(request):
+    on_gpu = "device" in request.fixturenames and request.getfixturevalue("device") == "cuda"
+    if on_gpu and (reason := why_not_fp8("cuda")):
         pytest.skip(reason)
 
 
