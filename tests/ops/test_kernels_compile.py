@@ -20,10 +20,11 @@ FP8_FROM = 89
 
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
-    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32",
+    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "dgate_scale_ptr": "*fp32",
+    "dup_scale_ptr": "*fp32",
 }  # fmt: skip
 COUNTS = {"V", "K"}
-WIDTHS = {"H"}
+WIDTHS = {"H", "width", "span"}
 
 
 class Kernel(NamedTuple):
@@ -42,12 +43,31 @@ def kernels() -> list[Kernel]:
     loss, loss_warps = ("linear_cross_entropy", "_cross_entropy_kernel"), head._NUM_WARPS
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
+    fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
     return [
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
         Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": True}),
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": False, "rows_ptr": None}),
+        *(
+            Kernel("swiglu", name, 4, {"ACTIVATION": activation, "BLOCK": 1024, "QUANTIZE": False} | without)
+            for activation in ("silu", "gelu_tanh", "gelu")
+            for name, without in (
+                ("_glu_forward_kernel", {"act8_ptr": None, "scale_ptr": None}),
+                ("_glu_backward_kernel", fp8 | {"RECOMPUTE": True, "ONE_SCALE": True}),
+                ("_glu_backward_kernel", fp8 | {"RECOMPUTE": False, "ONE_SCALE": True, "act_ptr": None}),
+            )
+        ),
+        Kernel("swiglu", "_glu_forward_kernel", 8, {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True}),
+        *(
+            Kernel(
+                "swiglu", "_glu_backward_kernel", 8,
+                {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True, "RECOMPUTE": True, "ONE_SCALE": one_scale},
+            )
+            for one_scale in (False, True)
+        ),
+        Kernel("fp8", "_quantize_rows_kernel", 16, {"BLOCK": 4096}, wide=False),  # 8 bytes are 8 elements of FP8
     ]
 
 

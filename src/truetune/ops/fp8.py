@@ -35,20 +35,20 @@ if triton is not None:
         return scale, tl.div_rn(1.0, scale)
 
     @triton.jit
-    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, K, BLOCK: tl.constexpr):
+    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, width, BLOCK: tl.constexpr):
         """One program a row, two passes over it; the second finds it in the cache."""
         row = tl.program_id(0).to(tl.int64)
         amax = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
+        for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.abs(x))
         scale, inverse = row_scale(tl.max(amax, 0))
         tl.store(scale_ptr + row, scale)
-        for start in range(0, K, BLOCK):
+        for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
-            tl.store(x8_ptr + row * K + cols, (x * inverse).to(tl.float8e4nv), mask=cols < K)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+            tl.store(x8_ptr + row * width + cols, (x * inverse).to(tl.float8e4nv), mask=cols < width)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
