@@ -62,7 +62,9 @@ def kernels() -> list[Kernel]:
         Kernel("swiglu", "_glu_forward_kernel", 8, {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True}),
         *(
             Kernel(
-                "swiglu", "_glu_backward_kernel", 8,
+                "swiglu",
+                "_glu_backward_kernel",
+                8,
                 {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True, "RECOMPUTE": True, "ONE_SCALE": one_scale},
             )
             for one_scale in (False, True)

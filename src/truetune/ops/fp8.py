@@ -19,19 +19,20 @@ from truetune.ops.backend import tl, triton, use_kernels
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
-_SMALLEST_AMAX = 448.0 * 2.0**-126  # below it the scale, or its inverse, would leave fp32's normal numbers
+_TO_LARGEST = 1.0 / _LARGEST  # a product: PyTorch divides by a number exactly on a CPU and by its inverse on a GPU
+_SMALLEST_AMAX = 448.0 * 2.0**-125  # below it the scale, or its inverse, would leave fp32's normal numbers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
 
 if triton is not None:
-    _LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_LARGEST), tl.constexpr(_SMALLEST_AMAX)
+    _TO_LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_TO_LARGEST), tl.constexpr(_SMALLEST_AMAX)
 
     @triton.jit
     def row_scale(amax):
-        """A row's scale and its inverse. No clamp is needed after it: amax * inverse exceeds 448 by a rounding of fp32
+        """A row's scale and its inverse. No clamp is needed after it: amax * inverse exceeds 448 by roundings of fp32
         at most, and everything below 464 rounds to 448. What was NaN or infinite becomes NaN."""
-        scale = tl.div_rn(tl.maximum(amax, _SMALLEST_AMAX_TL), _LARGEST_TL)
+        scale = tl.maximum(amax, _SMALLEST_AMAX_TL) * _TO_LARGEST_TL
         return scale, tl.div_rn(1.0, scale)
 
     @triton.jit
@@ -213,7 +214,7 @@ def frozen_fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) 
 def quantize_rows_reference(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain PyTorch."""
     x_TK = x_TK.float()
-    scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) / _LARGEST
+    scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) * _TO_LARGEST
     return (x_TK * scale_T1.reciprocal()).to(FP8), scale_T1.squeeze(-1)
 
 
