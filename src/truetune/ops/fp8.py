@@ -153,7 +153,10 @@ def fp8_linear_backward(
 def _scaled_product(
     a8: Tensor, scale_a: Tensor, b8: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows."""
+    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows.
+
+    Without `use_fast_accum`: with it Hopper's tensor cores keep sums in about 14 bits, and truncate them.
+    """
     if not a8.is_cuda:
         product = (a8.float() @ b8.float().t()) * scale_a[:, None] * scale_b
         return (product if bias is None else product + bias).to(out_dtype)
