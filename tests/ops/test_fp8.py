@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from truetune.ops import backend, fp8
+from truetune.ops import backend
 from truetune.ops.fp8 import (
     Fp8Weight,
     fp8_linear,
@@ -20,8 +20,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _needs_fp8(device):
-    if device == "cuda" and (reason := why_not_fp8("cuda")):
+def _needs_fp8(request):
+    on_gpu = "device" in request.fixturenames and request.getfixturevalue("device") == "cuda"
+    if on_gpu and (reason := why_not_fp8("cuda")):
         pytest.skip(reason)
 
 
@@ -181,6 +182,10 @@ def test_a_device_or_shape_without_fp8_gets_one_sentence(monkeypatch):
     assert "multiples of 16, and this one is 1024 x 4100" in why_not_fp8_shape(4100, 1024)
 
 
-def test_scales_below_fp32s_normal_numbers_are_not_used():
-    _, scale = quantize_rows_reference(torch.zeros(1, 4))
-    assert scale.item() == torch.finfo(torch.float32).tiny == fp8._SMALLEST_AMAX / 448
+def test_scales_and_their_inverses_are_normal_numbers_of_fp32(device):
+    x = torch.tensor(
+        [[0.0], [1e-44], [torch.finfo(torch.float32).tiny], [torch.finfo(torch.float32).max]], device=device
+    )
+    _, scale = quantize_rows(x)
+    for number in (scale, scale.reciprocal()):
+        assert (number >= torch.finfo(torch.float32).tiny).all() and number.isfinite().all()

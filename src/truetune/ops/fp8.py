@@ -19,36 +19,37 @@ from truetune.ops.backend import tl, triton, use_kernels
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
-_SMALLEST_AMAX = 448.0 * 2.0**-126  # below it the scale, or its inverse, would leave fp32's normal numbers
+_TO_LARGEST = 1.0 / _LARGEST  # a product: PyTorch divides by a number exactly on a CPU and by its inverse on a GPU
+_SMALLEST_AMAX = 448.0 * 2.0**-125  # below it the scale, or its inverse, would leave fp32's normal numbers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
 
 if triton is not None:
-    _LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_LARGEST), tl.constexpr(_SMALLEST_AMAX)
+    _TO_LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_TO_LARGEST), tl.constexpr(_SMALLEST_AMAX)
 
     @triton.jit
     def row_scale(amax):
-        """A row's scale and its inverse. No clamp is needed after it: amax * inverse exceeds 448 by a rounding of fp32
+        """A row's scale and its inverse. No clamp is needed after it: amax * inverse exceeds 448 by roundings of fp32
         at most, and everything below 464 rounds to 448. What was NaN or infinite becomes NaN."""
-        scale = tl.div_rn(tl.maximum(amax, _SMALLEST_AMAX_TL), _LARGEST_TL)
+        scale = tl.maximum(amax, _SMALLEST_AMAX_TL) * _TO_LARGEST_TL
         return scale, tl.div_rn(1.0, scale)
 
     @triton.jit
-    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, K, BLOCK: tl.constexpr):
+    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, width, BLOCK: tl.constexpr):
         """One program a row, two passes over it; the second finds it in the cache."""
         row = tl.program_id(0).to(tl.int64)
         amax = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
+        for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.abs(x))
         scale, inverse = row_scale(tl.max(amax, 0))
         tl.store(scale_ptr + row, scale)
-        for start in range(0, K, BLOCK):
+        for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=0.0).to(tl.float32)
-            tl.store(x8_ptr + row * K + cols, (x * inverse).to(tl.float8e4nv), mask=cols < K)
+            x = tl.load(x_ptr + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+            tl.store(x8_ptr + row * width + cols, (x * inverse).to(tl.float8e4nv), mask=cols < width)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,10 @@ def fp8_linear_backward(
 def _scaled_product(
     a8: Tensor, scale_a: Tensor, b8: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows."""
+    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows.
+
+    Without `use_fast_accum`: with it Hopper's tensor cores keep sums in about 14 bits, and truncate them.
+    """
     if not a8.is_cuda:
         product = (a8.float() @ b8.float().t()) * scale_a[:, None] * scale_b
         return (product if bias is None else product + bias).to(out_dtype)
@@ -213,7 +217,7 @@ def frozen_fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) 
 def quantize_rows_reference(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain PyTorch."""
     x_TK = x_TK.float()
-    scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) / _LARGEST
+    scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) * _TO_LARGEST
     return (x_TK * scale_T1.reciprocal()).to(FP8), scale_T1.squeeze(-1)
 
 

@@ -205,18 +205,18 @@ def glu_backward(
     recompute: bool = True,
     act_out: Tensor | None = None,
     quantize: bool = False,
-    one_scale: bool = False,
+    grads8_out: Tensor | None = None,
 ) -> GluGrads:
     """The gradients of gate and up, written over them if `inplace`; and `act` again with `recompute`.
 
     `act_out` takes act, and may be dact. With `quantize` the gradients come in FP8 too, as `quantize_rows` would give
-    them: each contiguous and with a scale of its own, for two GEMMs; or, with `one_scale`, as the halves of one
-    [T, 2I] buffer under one scale a row (`dgate_scale_T is dup_scale_T`), for a GEMM over both.
+    them: each contiguous and with a scale of its own, for two GEMMs; or, for one GEMM over both, as the halves of
+    `grads8_out`, a [T, 2I] buffer, under one scale a row (`dgate_scale_T is dup_scale_T`).
     """
     T, width = gate_TI.shape
     if not use_kernels(gate_TI):
         return _glu_backward_torch(
-            dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, one_scale
+            dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, grads8_out
         )
 
     def new(shape, dtype=gate_TI.dtype):
@@ -224,13 +224,13 @@ def glu_backward(
 
     dgate_TI, dup_TI = (gate_TI, up_TI) if inplace else (new((T, width)), new((T, width)))
     act_TI = (new((T, width)) if act_out is None else act_out) if recompute else None
-    grads = GluGrads(dgate_TI, dup_TI, act_TI)
-    if quantize and one_scale:
-        both8, scale_T = new((T, 2 * width), FP8), new(T, torch.float32)
-        grads = GluGrads(dgate_TI, dup_TI, act_TI, both8[:, :width], scale_T, both8[:, width:], scale_T)
+    grads8: tuple[Tensor, ...] = ()
+    if quantize and grads8_out is not None:
+        scale_T = new(T, torch.float32)
+        grads8 = grads8_out[:, :width], scale_T, grads8_out[:, width:], scale_T
     elif quantize:
-        scales = new((2, T), torch.float32)
-        grads = GluGrads(dgate_TI, dup_TI, act_TI, new((T, width), FP8), scales[0], new((T, width), FP8), scales[1])
+        grads8 = new((T, width), FP8), new(T, torch.float32), new((T, width), FP8), new(T, torch.float32)
+    grads = GluGrads(dgate_TI, dup_TI, act_TI, *grads8)
     if gate_TI.numel():
         _launch_backward(dact_TI, gate_TI, up_TI, grads, activation)
     return grads
@@ -284,7 +284,7 @@ def _glu_forward_torch(gate_TI, up_TI, activation, quantize):
     return (act_TI, *quantize_rows_reference(act_TI)) if quantize else (act_TI, None, None)
 
 
-def _glu_backward_torch(dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, one_scale):
+def _glu_backward_torch(dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, grads8_out):
     dact, gate, up = map(_precise, (dact_TI, gate_TI, up_TI))
     value = glu_reference(gate, torch.ones_like(gate), activation)
     if activation == "silu":
@@ -298,9 +298,9 @@ def _glu_backward_torch(dact_TI, gate_TI, up_TI, activation, inplace, recompute,
     dgate_TI = gate_TI.copy_(dgate) if inplace else dgate.to(gate_TI.dtype)
     dup_TI = up_TI.copy_(dup) if inplace else dup.to(up_TI.dtype)
     grads = GluGrads(dgate_TI, dup_TI, act_TI)
-    if quantize and one_scale:
+    if quantize and grads8_out is not None:
         both8, scale_T = quantize_rows_reference(torch.cat((dgate_TI, dup_TI), -1))
-        dgate8, dup8 = both8.chunk(2, -1)
+        dgate8, dup8 = grads8_out.copy_(both8).chunk(2, -1)
         return grads._replace(dgate8_TI=dgate8, dgate_scale_T=scale_T, dup8_TI=dup8, dup_scale_T=scale_T)
     if quantize:
         return GluGrads(dgate_TI, dup_TI, act_TI, *quantize_rows_reference(dgate_TI), *quantize_rows_reference(dup_TI))
