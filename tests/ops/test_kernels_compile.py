@@ -1,60 +1,97 @@
-"""The kernels compile for real GPUs, on any machine: the interpreter accepts what the compiler does not."""
+"""The kernels compile for real GPUs, on any machine: the interpreter accepts what the compiler does not.
+
+A kernel is a row of `kernels()`. What its arguments are is read off their names: `*_ptr` points to the dtype of the
+target unless `POINTERS` knows better or the name ends in 8 (FP8); `*stride` and `WIDTHS` are integers that 16 divides,
+`COUNTS` are any integers; the rest are floats.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
+from typing import Any, NamedTuple
 
 import pytest
+
+TARGETS = {75: "fp16", 80: "bf16", 86: "bf16", 89: "bf16", 90: "bf16", 100: "bf16"}  # bf16 begins with 80
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # what one program may have
+FP8_FROM = 89
 
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
     "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32",
 }  # fmt: skip
-INTEGERS = {"stride", "V", "K", "H"}
+COUNTS = {"V", "K"}
+WIDTHS = {"H"}
 
 
-def compile_kernel(kernel, target, dtype, constants, num_warps):
+class Kernel(NamedTuple):
+    module: str  # in truetune.ops
+    name: str
+    num_warps: int
+    constants: dict[str, Any]  # the constexpr arguments; None for a pointer that is not given
+    dtype: str | None = None  # of the pointers, where it is not the target's own
+    wide: bool = True  # every load and store of a tile moves 16 bytes a thread, if 16 divides what it should
+
+
+def kernels() -> list[Kernel]:
+    head = import_module("truetune.ops.linear_cross_entropy")
+    flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ROW_WEIGHTS", "SMOOTHING", "DFT")
+    tile = {"STATS": True, "WRITE_GRAD": True, "LANES": 32 * head._NUM_WARPS, "VECTOR": 8, "STAGES": head._STAGES}
+    loss, loss_warps = ("linear_cross_entropy", "_cross_entropy_kernel"), head._NUM_WARPS
+    every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
+    rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
+    return [
+        Kernel(*loss, loss_warps, tile | every),
+        Kernel(*loss, loss_warps, tile | none),
+        Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
+        Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": True}),
+        Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": False, "rows_ptr": None}),
+    ]
+
+
+def compile_kernel(row: Kernel, capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    kernel = getattr(import_module(f"truetune.ops.{row.module}"), row.name)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants:
+        if name in row.constants:
             signature[name] = "constexpr"
-        elif name in INTEGERS:
+            continue
+        if name.endswith("8_ptr"):
+            signature[name] = "*fp8e4nv"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, f"*{row.dtype or TARGETS[capability]}")
+        elif name.endswith("stride") or name in WIDTHS | COUNTS:
             signature[name] = "i32"
         else:
-            signature[name] = POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "fp32")
-        if signature[name].startswith("*") or name in ("stride", "H"):
+            signature[name] = "fp32"
+        if name not in COUNTS and signature[name] != "fp32":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = compile(ASTSource(kernel, signature, constants, attributes), target, {"num_warps": num_warps})
-    return compiled.asm["ptx"]
+    if "*fp8e4nv" in signature.values() and capability < FP8_FROM:
+        return
+    source = ASTSource(kernel, signature, row.constants, attributes)
+    compiled = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": row.num_warps})
+    where = f"{row.name} on sm{capability} with {row.constants}"
+    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, f"{where}: {compiled.metadata.shared} bytes"
+    if row.wide:
+        for access in ("ld", "st"):
+            pattern = rf"{access}\.global\S*\.(v4\.b32|v8\.b32|v2\.b64)"
+            assert re.search(pattern, compiled.asm["ptx"]), f"{where}: no {access} of 16 bytes"
 
 
-def compile_all():
-    from triton.backends.compiler import GPUTarget
-
-    head, scale_rows = (import_module(f"truetune.ops.{name}") for name in ("linear_cross_entropy", "scale_rows"))
-    flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ROW_WEIGHTS", "SMOOTHING", "DFT", "STATS", "WRITE_GRAD")
-    for capability, dtype, on in ((90, "bf16", True), (90, "bf16", False), (80, "fp32", True)):
-        target = GPUTarget("cuda", capability, 32)
-        constants = dict.fromkeys(flags, on) | {"WRITE_GRAD": True, "STATS": True}
-        constants |= {"LANES": 32 * head._NUM_WARPS, "VECTOR": 8 if dtype == "bf16" else 4, "STAGES": head._STAGES}
-        if not on:
-            constants |= {"bias_ptr": None, "row_weights_ptr": None}
-        ptx = compile_kernel(head._cross_entropy_kernel, target, dtype, constants, head._NUM_WARPS)
-        assert "ld.global.v4.b32" in ptx, "the logits are not loaded 16 bytes at a time"
-        assert "st.global.v4.b32" in ptx, "the gradients are not stored 16 bytes at a time"
-        constants = {"HAS_ROWS": on, "BLOCK_K": 1, "BLOCK_H": 4096} | ({} if on else {"rows_ptr": None})
-        compile_kernel(scale_rows._scale_rows_kernel, target, dtype, constants, 8)
-
-
-def test_kernels_compile_for_gpus_with_wide_loads_and_stores():
+@pytest.mark.parametrize("capability", TARGETS)
+def test_kernels_compile_and_fit(capability):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, str(capability)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 if __name__ == "__main__":
-    compile_all()
+    for row in kernels():
+        compile_kernel(row, int(sys.argv[1]))
