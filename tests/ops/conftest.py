@@ -36,11 +36,12 @@ def any_device() -> str:
 
 
 def _round_in_the_interpreter(monkeypatch) -> None:
-    """Triton 3.9's interpreter truncates fp32 to bf16; a GPU rounds to the nearest."""
+    """Triton 3.9's interpreter truncates fp32 to bf16, and drops a carry to E4M3; a GPU rounds to the nearest."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     truncating_cast = interpreter.InterpreterBuilder.cast_impl
+    carryless_cast = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def cast(self, source, dtype):
         if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
@@ -48,10 +49,24 @@ def _round_in_the_interpreter(monkeypatch) -> None:
         rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
 
+    def fp_to_fp(self, source, dtype, rounding_mode):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.float8e4nv):
+            return carryless_cast(self, source, dtype, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), dtype.scalar)
+
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", fp_to_fp)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, so that small tests have several."""
     monkeypatch.setattr(head, "_chunk_rows", lambda *_: 4)
+
+
+@pytest.fixture
+def empty_is_nan(monkeypatch):
+    """What `torch.empty` gives holds NaN, so that an element which is not written shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: empty(size, **kwargs).fill_(float("nan")))

@@ -20,9 +20,9 @@ FP8_FROM = 89
 
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
-    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32",
+    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "rstd_ptr": "*fp32", "dweight_ptr": "*fp32",
 }  # fmt: skip
-COUNTS = {"V", "K"}
+COUNTS = {"V", "K", "T"}
 WIDTHS = {"H"}
 
 
@@ -42,13 +42,28 @@ def kernels() -> list[Kernel]:
     loss, loss_warps = ("linear_cross_entropy", "_cross_entropy_kernel"), head._NUM_WARPS
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
+    norm, d_norm = ("rms_norm", "_rms_norm_forward_kernel"), ("rms_norm", "_rms_norm_backward_kernel")
+    no_fp8 = {"y8_ptr": None, "scale_ptr": None}
+    plain = no_fp8 | {"added_ptr": None, "residual_ptr": None, "sum_ptr": None}
+    frozen = dict.fromkeys(("dy_b_ptr", "dy_c_ptr", "dresidual_ptr", "dweight_ptr"))
     return [
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
         Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": True}),
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": False, "rows_ptr": None}),
+        *(Kernel(*norm, *tile_of_rows(H, 2048, plain)) for H in (64, 1024, 16384)),
+        Kernel(*norm, *tile_of_rows(4096, 2048, no_fp8)),
+        Kernel(*norm, *tile_of_rows(4096, 2048, {})),
+        Kernel(*d_norm, *tile_of_rows(4096, 2048, frozen)),
+        *(Kernel(*d_norm, *tile_of_rows(H, 4096, {})) for H in (128, 1024, 16384)),
     ]
+
+
+def tile_of_rows(H: int, elements: int, absent: dict[str, None]) -> tuple[int, dict[str, Any]]:
+    """The warps and the constants of the kernels of `rms_norm`."""
+    rows, block_h, num_warps = import_module("truetune.ops.rms_norm")._tile(H, elements)
+    return num_warps, {"ROWS": rows, "BLOCK_H": block_h, **absent}
 
 
 def compile_kernel(row: Kernel, capability: int) -> None:
