@@ -46,6 +46,9 @@ def kernels() -> list[Kernel]:
     no_fp8 = {"y8_ptr": None, "scale_ptr": None}
     plain = no_fp8 | {"added_ptr": None, "residual_ptr": None, "sum_ptr": None}
     frozen = dict.fromkeys(("dy_b_ptr", "dy_c_ptr", "dresidual_ptr", "dweight_ptr"))
+    rope, d_rope = ("rope", "_rope_forward_kernel"), ("rope", "_rope_backward_kernel")
+    no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
+    no_norm_grads = no_norms | {"dweight_ptr": None}
     return [
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
@@ -57,6 +60,13 @@ def kernels() -> list[Kernel]:
         Kernel(*norm, *tile_of_rows(4096, 2048, {})),
         Kernel(*d_norm, *tile_of_rows(4096, 2048, frozen)),
         *(Kernel(*d_norm, *tile_of_rows(H, 4096, {})) for H in (128, 1024, 16384)),
+        Kernel(*rope, *tiles_of_heads(32, 8, 128, 128, 32, no_norms)),
+        Kernel(*rope, *tiles_of_heads(64, 8, 128, 128, 32, {})),
+        Kernel(*rope, *tiles_of_heads(28, 4, 96, 72, 32, no_norms), wide=False),
+        Kernel(*d_rope, *tiles_of_heads(32, 8, 128, 128, 16, no_norm_grads)),
+        Kernel(*d_rope, *tiles_of_heads(64, 8, 128, 128, 16, {"dweight_ptr": None})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 128, 128, 16, {})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
     ]
 
 
@@ -64,6 +74,14 @@ def tile_of_rows(H: int, elements: int, absent: dict[str, None]) -> tuple[int, d
     """The warps and the constants of the kernels of `rms_norm`."""
     rows, block_h, num_warps = import_module("truetune.ops.rms_norm")._tile(H, elements)
     return num_warps, {"ROWS": rows, "BLOCK_H": block_h, **absent}
+
+
+def tiles_of_heads(
+    heads: int, key_heads: int, D: int, R: int, elements: int, absent: dict[str, None]
+) -> tuple[int, dict[str, Any]]:
+    """The warps and the constants of the kernels of `rope`."""
+    tiles = import_module("truetune.ops.rope")._tiles(heads, key_heads, D, R, elements) | absent
+    return tiles.pop("num_warps"), tiles
 
 
 def compile_kernel(row: Kernel, capability: int) -> None:

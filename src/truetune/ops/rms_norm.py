@@ -52,7 +52,7 @@ if triton is not None:
             y += tl.load(residual_ptr + row[:, None] * residual_stride + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
         if y8_ptr is not None:
-            # No clamp is needed: amax / scale exceeds 448 by a rounding of fp32 at most, and all below 464 rounds to it.
+            # No clamp is needed: amax / scale exceeds 448 by a rounding of fp32 at most, and up to 464 all round to it.
             scale = tl.div_rn(tl.maximum(tl.max(tl.abs(y), 1), _SMALLEST_AMAX_TL), _LARGEST_FP8_TL)
             tl.store(scale_ptr + row, scale, mask=row < T)
             tl.store(y8_ptr + out, (y * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv), mask=mask)
@@ -186,7 +186,7 @@ def rms_norm_backward(
     dy: Tensor | tuple[Tensor, ...], x_TH: Tensor, weight_H: Tensor, rstd_T: Tensor, *, offset: float = 0.0,
     dresidual_TH: Tensor | None = None, needs_weight: bool = False, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dx_TH in x's dtype, dweight_H in fp32 or None), where y = norm(x) and `dy` is one gradient or up to three to add.
+    """(dx_TH in x's dtype, dweight_H in fp32 or None), where y = norm(x) and `dy` is a gradient or up to three to add.
 
     dx includes `dresidual_TH`; it is written to `out` if given, which may be dresidual itself. The last dimension of
     every tensor is contiguous, rows may be strided. dweight is the same in every run.
