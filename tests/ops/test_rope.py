@@ -170,6 +170,17 @@ def test_in_place(device, empty_is_nan, name):
         assert torch.equal(buffer, torch.cat(expected[:2], 1))
 
 
+def test_weight_gradients_are_those_of_all_tokens_and_the_same_in_every_run(device):
+    """Of more tokens than there are programs."""
+    case = Case(2, 1, 32, 16, Qwen3RMSNorm)
+    q, k, dq, dk = (randn(45, heads, 32, seed=seed).to(device) for seed, heads in enumerate((2, 1, 2, 1)))
+    weights = [randn(32, seed=seed).to(device) for seed in (4, 5)]
+    cos, sin = (randn(45, 16, seed=seed).to(device) for seed in (6, 7))
+    first, second = (ours(case, q, k, dq, dk, *weights, cos, sin) for _ in range(2))
+    for a, b, c in zip(first, second, exact(case, q, k, dq, dk, *weights, cos, sin), strict=True):
+        assert torch.equal(a, b) and error(a, c) <= 3e-7
+
+
 def test_no_tokens(device):
     case = CASES["qwen3"]
     q, k, dq, dk, *weights = make(case, device, torch.bfloat16)

@@ -28,7 +28,7 @@ _SMALLEST_AMAX = 448.0 * 2.0**-126  # below it the scale, or its inverse, would 
 if triton is not None:
     _LARGEST_FP8_TL, _SMALLEST_AMAX_TL = tl.constexpr(_LARGEST_FP8), tl.constexpr(_SMALLEST_AMAX)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
     def _rms_norm_forward_kernel(
         x_ptr, weight_ptr, added_ptr, residual_ptr, y_ptr, rstd_ptr, sum_ptr, y8_ptr, scale_ptr,
         x_stride, added_stride, residual_stride, T, H, eps, offset,
@@ -57,7 +57,7 @@ if triton is not None:
             tl.store(scale_ptr + row, scale, mask=row < T)
             tl.store(y8_ptr + out, (y * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv), mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])
     def _rms_norm_backward_kernel(
         dy_ptr, dy_b_ptr, dy_c_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_ptr,
         dy_stride, dy_b_stride, dy_c_stride, x_stride, dresidual_stride, dx_stride, T, H, offset,

@@ -144,7 +144,7 @@ if triton is not None:
             cos_a, cos_b, sin_a, sin_b, eps, offset, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
     def _rope_backward_kernel(
         dq_ptr, dk_ptr, dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dweight_ptr,
         dq_stride, dq_head_stride, dk_stride, dk_head_stride,
@@ -199,14 +199,15 @@ if triton is not None:
 
 @cache
 def _tiles(heads: int, key_heads: int, D: int, R: int, elements: int) -> dict[str, int]:
-    """The kernels' constants, with so many warps that a thread holds about `elements` of the queries."""
+    """The kernels' constants, with so many warps that a thread holds about `elements` of the queries, but at most 8:
+    with more, a thread loads less than 4 bytes of the keys at once."""
     half, rest = triton.next_power_of_2(R // 2), triton.next_power_of_2(max(1, D - R))
     block_heads = triton.next_power_of_2(heads)
     return {
         "HEADS": heads, "KEY_HEADS": key_heads, "D": D, "R": R,
         "BLOCK_HEADS": block_heads, "BLOCK_KEY_HEADS": triton.next_power_of_2(key_heads),
         "BLOCK_HALF": half, "BLOCK_REST": rest,
-        "num_warps": min(16, max(2, triton.next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
+        "num_warps": min(8, max(2, triton.next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
     }  # fmt: skip
 
 
