@@ -20,11 +20,12 @@ FP8_FROM = 89
 
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
-    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "dgate_scale_ptr": "*fp32",
-    "dup_scale_ptr": "*fp32",
+    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "rstd_ptr": "*fp32", "dweight_ptr": "*fp32",
+    "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8", "absmax_ptr": "*u8", "code_ptr": "*fp32",
+    "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32", "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
 }  # fmt: skip
-COUNTS = {"V", "K"}
-WIDTHS = {"H", "width", "span"}
+COUNTS = {"V", "K", "T", "num_pairs"}
+WIDTHS = {"H", "N", "width", "span"}
 
 
 class Kernel(NamedTuple):
@@ -44,6 +45,16 @@ def kernels() -> list[Kernel]:
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
     fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
+    norm, d_norm = ("rms_norm", "_rms_norm_forward_kernel"), ("rms_norm", "_rms_norm_backward_kernel")
+    no_fp8 = {"y8_ptr": None, "scale_ptr": None}
+    plain = no_fp8 | {"added_ptr": None, "residual_ptr": None, "sum_ptr": None}
+    frozen = dict.fromkeys(("dy_b_ptr", "dy_c_ptr", "dresidual_ptr", "dweight_ptr"))
+    rope, d_rope = ("rope", "_rope_forward_kernel"), ("rope", "_rope_backward_kernel")
+    no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
+    no_norm_grads = no_norms | {"dweight_ptr": None}
+    low_rank = {"BLOCK_T": 128, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
+    nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
+    plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
@@ -70,7 +81,41 @@ def kernels() -> list[Kernel]:
             for one_scale in (False, True)
         ),
         Kernel("fp8", "_quantize_rows_kernel", 16, {"BLOCK": 4096}, wide=False),  # 8 bytes are 8 elements of FP8
+        *(Kernel(*norm, *tile_of_rows(H, 2048, plain)) for H in (64, 1024, 16384)),
+        Kernel(*norm, *tile_of_rows(4096, 2048, no_fp8)),
+        Kernel(*norm, *tile_of_rows(4096, 2048, {})),
+        Kernel(*d_norm, *tile_of_rows(4096, 2048, frozen)),
+        *(Kernel(*d_norm, *tile_of_rows(H, 4096, {})) for H in (128, 1024, 16384)),
+        Kernel(*rope, *tiles_of_heads(32, 8, 128, 128, 32, no_norms)),
+        Kernel(*rope, *tiles_of_heads(64, 8, 128, 128, 32, {})),
+        Kernel(*rope, *tiles_of_heads(28, 4, 96, 72, 32, no_norms), wide=False),
+        Kernel(*d_rope, *tiles_of_heads(32, 8, 128, 128, 16, no_norm_grads)),
+        Kernel(*d_rope, *tiles_of_heads(64, 8, 128, 128, 16, {"dweight_ptr": None})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 128, 128, 16, {})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
+        *(
+            Kernel(
+                "lora", "_low_rank_product_kernel", 8, low_rank | {"RANK": rank, "BLOCK_R": min(64, rank), "ADDS": 1}
+            )
+            for rank in (16, 64, 256)
+        ),
+        Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
+        Kernel("nf4", "_dequantize_kernel", 8, nf4 | plain_nf4 | {"NESTED": False}, wide=False),
     ]
+
+
+def tile_of_rows(H: int, elements: int, absent: dict[str, None]) -> tuple[int, dict[str, Any]]:
+    """The warps and the constants of the kernels of `rms_norm`."""
+    rows, block_h, num_warps = import_module("truetune.ops.rms_norm")._tile(H, elements)
+    return num_warps, {"ROWS": rows, "BLOCK_H": block_h, **absent}
+
+
+def tiles_of_heads(
+    heads: int, key_heads: int, D: int, R: int, elements: int, absent: dict[str, None]
+) -> tuple[int, dict[str, Any]]:
+    """The warps and the constants of the kernels of `rope`."""
+    tiles = import_module("truetune.ops.rope")._tiles(heads, key_heads, D, R, elements) | absent
+    return tiles.pop("num_warps"), tiles
 
 
 def compile_kernel(row: Kernel, capability: int) -> None:

@@ -48,7 +48,7 @@ class Norm(NamedTuple):
             x_TH, self.weight_H.detach(), self.eps,
             offset=self.offset, residual_TH=residual_TH, out_dtype=dtype, quantize=quantize,
         )  # fmt: skip
-        return done.y, done.rstd_T, Quantized(done.y8, done.scale_T) if quantize else None
+        return done.y, done.rstd_T, quantized_or_none(done.y8, done.scale_T)
 
     def backward(
         self, dy_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, dresidual_TH: Tensor | None = None
@@ -57,6 +57,10 @@ class Norm(NamedTuple):
             dy_TH, x_TH, self.weight_H.detach(), rstd_T,
             offset=self.offset, dresidual_TH=dresidual_TH, needs_weight=self.weight_H.requires_grad,
         )  # fmt: skip
+
+
+def quantized_or_none(x8_TK: Tensor | None, scale_T: Tensor | None) -> Quantized | None:
+    return None if x8_TK is None or scale_T is None else Quantized(x8_TK, scale_T)
 
 
 def trained_tensors(norms: Sequence[Norm | None], linears: Sequence[Linear]) -> list[Tensor | None]:
@@ -101,19 +105,19 @@ class _ProjectQkv(torch.autograd.Function):
     def forward(ctx, x_TH, cos_TR, sin_TR, block: QkvProjection, *_):
         h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.linears)
         q_TN, k_TN, v_TN, xas = _qkv_forward(block, h_TH, h8)
+        q_rstd = k_rstd = None
         q, k = (x.unflatten(-1, (-1, block.head_dim)) for x in (q_TN, k_TN))
-        saved_qk: tuple[Tensor | None, ...] = (None, None, None, None)
+        normed: tuple[Tensor | None, ...] = (None, None)  # q and k as they come out of their projections
         if block.norm_rows and block.q_norm is not None and block.k_norm is not None:
-            (q_TN, q_rstd, _), (k_TN, k_rstd, _) = (
-                norm.forward(x, block.dtype) for norm, x in ((block.q_norm, q_TN), (block.k_norm, k_TN))
-            )
-            saved_qk = (q.flatten(1), k.flatten(1), q_rstd, k_rstd)
+            q_TN, q_rstd, _ = block.q_norm.forward(q_TN, block.dtype)
+            k_TN, k_rstd, _ = block.k_norm.forward(k_TN, block.dtype)
+            normed = (q.flatten(1), k.flatten(1))
             q, k = (x.unflatten(-1, (-1, block.head_dim)) for x in (q_TN, k_TN))
         elif block.q_norm is not None:
-            saved_qk = (q, k, None, None)
+            normed = (q, k)
         if cos_TR is not None:
             q, k = _rope_forward(block, q, k, cos_TR, sin_TR)
-        ctx.save_for_backward(x_TH, rstd_T, cos_TR, sin_TR, *saved_qk, *xas)
+        ctx.save_for_backward(x_TH, rstd_T, cos_TR, sin_TR, *normed, q_rstd, k_rstd, *xas)
         ctx.block, ctx.done = block, False
         return q, k, v_TN.unflatten(-1, (-1, block.head_dim)), x_TH.view_as(x_TH)
 
@@ -309,7 +313,7 @@ def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Any]]:
     h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
     gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8)
     act_TI, act8_TI, scale_T = glu_forward(*_halves(gate_up), block.activation, quantize=block.down.weight.fp8)
-    quantized = None if act8_TI is None or scale_T is None else Quantized(act8_TI, scale_T)
+    quantized = quantized_or_none(act8_TI, scale_T)
     out_TH, down_xa, y_TH, y_rstd = _into_residual(
         act_TI, x_TH, block.down, block.post_norm, block.multiplier, quantized
     )
@@ -326,10 +330,13 @@ def _mlp_backward(
     assert dact_TI is not None
     fp8 = len(gate_up) == 2 and all(linear.weight.fp8 for linear in block.gate_up)
     grads = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI, quantize=fp8)
-    act_TI, *grads8 = grads[2:]
-    quantized = [Quantized(*grads8[:2]), Quantized(*grads8[2:])] if fp8 else None
+    act_TI = dact_TI  # where it was made again
+    quantized = [
+        quantized_or_none(grads.dgate8_TI, grads.dgate_scale_T),
+        quantized_or_none(grads.dup8_TI, grads.dup_scale_T),
+    ]
     down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_dxa, (block.down,))
-    del grads, act_TI, dact_TI, grads8
+    del grads, act_TI, dact_TI
     h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
     needs_input = needs_input or (block.norm is not None and block.norm.weight_H.requires_grad)
     dh_TH, dxa_TS = linears_backward_input(gate_up, block.gate_up, needs_input=needs_input, quantized=quantized)

@@ -39,8 +39,8 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
     """A Hub name or a directory -> a causal language model on this process's GPU, or on the CPU where there is none.
 
     `precision` is the weights': "auto" (bf16 on a GPU, fp32 on a CPU, a quantized checkpoint as it is), "bf16", "fp16",
-    "fp32", "nf4" (4-bit NormalFloat with double quantization; Dettmers et al., "QLoRA", 2023), or "fp8" (frozen E4M3 for
-    GEMMs of twice the rate, in as much memory as bf16; `models/fp8.py`). Attention is ours
+    "fp32", "nf4" (4-bit NormalFloat with double quantization; Dettmers et al., "QLoRA", 2023), or "fp8" (frozen E4M3
+    for GEMMs of twice the rate, in as much memory as bf16; `models/fp8.py`). Attention is ours
     unless `attn_implementation` is given or `why_not_packable` has a reason, which is logged. Other keyword arguments
     go to `from_pretrained`. Raises `ModelError` for what cannot be loaded.
     """

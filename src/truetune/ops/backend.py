@@ -1,5 +1,7 @@
 """Whether an operation runs as Triton kernels or in plain PyTorch."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,9 @@ FORCE_KERNELS = False  # tests set it, to run the kernels on a CPU in Triton's i
 def use_kernels(tensor: Tensor) -> bool:
     """Whether tensors like this one go through the Triton kernels, which know no fp64."""
     return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or FORCE_KERNELS)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

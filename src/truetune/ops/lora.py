@@ -24,30 +24,32 @@ from truetune.ops.nf4 import dequantize_nf4
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
     def _low_rank_product_kernel(
-        x_ptr, b_ptr, add0_ptr, add1_ptr, add2_ptr, out_ptr, T, N,
-        stride_x, stride_bn, stride_br, stride_add0, stride_add1, stride_add2, stride_out,
-        RANK: tl.constexpr, PADDED: tl.constexpr, ADDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+        x_ptr, adapter_ptr, add0_ptr, add1_ptr, add2_ptr, out_ptr, T, N,
+        x_stride, adapter_stride, adapter_rank_stride, add0_stride, add1_stride, add2_stride, out_stride,
+        RANK: tl.constexpr, ADDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        rank = tl.arange(0, PADDED)
-        x = tl.load(x_ptr + row * stride_x + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
-        b = tl.load(
-            b_ptr + col.to(tl.int64) * stride_bn + rank[:, None] * stride_br,
-            mask=(col < N) & (rank < RANK)[:, None],
-            other=0.0,
-        )
-        out = tl.dot(x, b.to(x.dtype), input_precision="ieee")
+        out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for start in tl.static_range(0, RANK, BLOCK_R):
+            rank = start + tl.arange(0, BLOCK_R)
+            x = tl.load(x_ptr + row * x_stride + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
+            b = tl.load(
+                adapter_ptr + col.to(tl.int64) * adapter_stride + rank[:, None] * adapter_rank_stride,
+                mask=(col < N) & (rank < RANK)[:, None],
+                other=0.0,
+            )
+            out = tl.dot(x, b.to(x.dtype), out, input_precision="ieee")
         mask = (row < T) & (col < N)
         if ADDS > 0:
-            out += tl.load(add0_ptr + row * stride_add0 + col, mask=mask, other=0.0).to(tl.float32)
+            out += tl.load(add0_ptr + row * add0_stride + col, mask=mask, other=0.0).to(tl.float32)
         if ADDS > 1:
-            out += tl.load(add1_ptr + row * stride_add1 + col, mask=mask, other=0.0).to(tl.float32)
+            out += tl.load(add1_ptr + row * add1_stride + col, mask=mask, other=0.0).to(tl.float32)
         if ADDS > 2:
-            out += tl.load(add2_ptr + row * stride_add2 + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * stride_out + col, out.to(out_ptr.dtype.element_ty), mask=mask)
+            out += tl.load(add2_ptr + row * add2_stride + col, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * out_stride + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
             x_TR, b_NR, *adds, *padding, out_TN, T, N,
             x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
             out_TN.stride(0),
-            RANK=R, PADDED=max(16, triton.next_power_of_2(R)), ADDS=len(adds), BLOCK_T=128, BLOCK_N=block_n,
+            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, triton.next_power_of_2(R))), BLOCK_T=128, BLOCK_N=block_n,
             num_warps=8,
         )  # fmt: skip
     return out_TN
@@ -206,11 +208,11 @@ class QuantizedWeight(NamedTuple):
         return self.weight.weight8_NK.shape[0]
 
     def times(self, x_TK, out_TN, quantized) -> Tensor:
-        y_TN = fp8_linear(*quantized, self.weight, out_dtype=x_TK.dtype)
+        y_TN = fp8_linear(quantized.x8_TK, quantized.scale_T, self.weight, out_dtype=x_TK.dtype)
         return y_TN if out_TN is None else out_TN.add_(y_TN)
 
     def transposed_times(self, dy_TN, out_TK, quantized) -> Tensor:
-        dx_TK = fp8_linear_backward(*quantized, self.weight, out_dtype=dy_TN.dtype)
+        dx_TK = fp8_linear_backward(quantized.x8_TK, quantized.scale_T, self.weight, out_dtype=dy_TN.dtype)
         return dx_TK if out_TK is None else out_TK.add_(dx_TK)
 
     def prepared(self, dtype: torch.dtype) -> "QuantizedWeight":
@@ -308,7 +310,7 @@ def linears_backward_input(
     linears: Sequence[Linear],
     *,
     needs_input: bool = True,
-    quantized: Sequence[Quantized] | None = None,
+    quantized: Sequence[Quantized | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(the gradient [T, K] of x, and dy @ B [T, S] for `linears_backward_parameters`).
 

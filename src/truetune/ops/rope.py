@@ -1,153 +1,250 @@
-"""Rotary position embedding of queries and keys in one launch, with the RMSNorm of each head before it where a model
-has one (Su et al., "RoFormer", arXiv:2104.09864; halves are rotated as in Transformers' Llama).
+"""Rotary position embedding (Su et al., "RoFormer", 2021) of queries and keys in one launch, and with it the RMSNorm
+of each head that stands before it in some models (Qwen3, Gemma 3).
 
-The backward pass rotates back and goes through the norm, whose statistics it makes again from the norm's input.
+The first R of a head's D numbers are rotated, number i with number i + R/2, as Transformers does it:
 
-Letters of tensor shapes: T tokens, Q query heads, G key heads, D head size, R rotary part of a head.
+    out[i]       = x[i]       * cos[i]       - x[i + R/2] * sin[i]
+    out[i + R/2] = x[i + R/2] * cos[i + R/2] + x[i]       * sin[i + R/2]
+
+and the rest passes. Everything between a load and a store is fp32, rounded once. Saved for backward: cos and sin, and
+with norms q and k as they came in; 1 / rms is made again, as the head is in registers anyway.
+
+Letters of tensor shapes: T tokens, H query heads, G key heads, D head dimension, R rotary dimension.
 """
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from truetune.ops.backend import tl, triton, use_kernels
-from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+from truetune.ops.backend import num_multiprocessors, tl, triton, use_kernels
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Triton kernels
+# Triton kernels. A token's heads are three tiles: the two halves that are rotated, and the rest.
 
 if triton is not None:
 
     @triton.jit
-    def _rope_heads(
-        in_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, x_ptr, dweight_ptr, block, T, heads, D, R,
-        in_token, in_head, x_token, x_head, eps, offset,
-        NORM: tl.constexpr, BACKWARD: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, HEADS: tl.constexpr,
-        HALF: tl.constexpr, REST: tl.constexpr,
+    def _load_tiles(
+        ptr, head_stride, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
-        """HEADS heads of the tokens that the programs share out: both rotated halves, and what passes through."""
-        head = block * HEADS + tl.arange(0, HEADS)[:, None]
-        first = tl.arange(0, HALF)[None, :]
-        second = R // 2 + first
-        rest = R + tl.arange(0, REST)[None, :]
-        in_half, in_rest = first < R // 2, rest < D
-        mask, rest_mask = in_half & (head < heads), in_rest & (head < heads)
-        if NORM:
-            weight0 = tl.load(weight_ptr + first, mask=in_half, other=0.0).to(tl.float32) + offset
-            weight1 = tl.load(weight_ptr + second, mask=in_half, other=0.0).to(tl.float32) + offset
-            weight2 = tl.load(weight_ptr + rest, mask=in_rest, other=0.0).to(tl.float32) + offset
-        dweight0 = tl.zeros([HALF], tl.float32)
-        dweight1 = tl.zeros([HALF], tl.float32)
-        dweight2 = tl.zeros([REST], tl.float32)
-        for number in range(tl.program_id(0), T, tl.num_programs(0)):
-            token = tl.cast(number, tl.int64)
-            source = in_ptr + token * in_token + head * in_head
-            a = tl.load(source + first, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(source + second, mask=mask, other=0.0).to(tl.float32)
-            c = tl.load(source + rest, mask=rest_mask, other=0.0).to(tl.float32)
-            cos0 = tl.load(cos_ptr + token * R + first, mask=in_half, other=0.0).to(tl.float32)
-            cos1 = tl.load(cos_ptr + token * R + second, mask=in_half, other=0.0).to(tl.float32)
-            sin0 = tl.load(sin_ptr + token * R + first, mask=in_half, other=0.0).to(tl.float32)
-            sin1 = tl.load(sin_ptr + token * R + second, mask=in_half, other=0.0).to(tl.float32)
-            if BACKWARD:
-                rotated = a * cos0 + b * sin1
-                b = b * cos1 - a * sin0
-                a = rotated
-                if NORM:
-                    normed = x_ptr + token * x_token + head * x_head
-                    xa = tl.load(normed + first, mask=mask, other=0.0).to(tl.float32)
-                    xb = tl.load(normed + second, mask=mask, other=0.0).to(tl.float32)
-                    xc = tl.load(normed + rest, mask=rest_mask, other=0.0).to(tl.float32)
-                    square = tl.sum(xa * xa, 1) + tl.sum(xb * xb, 1) + tl.sum(xc * xc, 1)
-                    rstd = (1.0 / tl.sqrt_rn(square / D + eps))[:, None]
-                    xa *= rstd
-                    xb *= rstd
-                    xc *= rstd
-                    if NEEDS_WEIGHT:
-                        dweight0 += tl.sum(a * xa, 0)
-                        dweight1 += tl.sum(b * xb, 0)
-                        dweight2 += tl.sum(c * xc, 0)
-                    a *= weight0
-                    b *= weight1
-                    c *= weight2
-                    mean = ((tl.sum(a * xa, 1) + tl.sum(b * xb, 1) + tl.sum(c * xc, 1)) / D)[:, None]
-                    a = (a - xa * mean) * rstd
-                    b = (b - xb * mean) * rstd
-                    c = (c - xc * mean) * rstd
-            else:
-                if NORM:
-                    square = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(c * c, 1)
-                    rstd = (1.0 / tl.sqrt_rn(square / D + eps))[:, None]
-                    a *= rstd * weight0
-                    b *= rstd * weight1
-                    c *= rstd * weight2
-                rotated = a * cos0 - b * sin0
-                b = b * cos1 + a * sin1
-                a = rotated
-            target = out_ptr + (token * heads + head) * D
-            tl.store(target + first, a.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(target + second, b.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(target + rest, c.to(out_ptr.dtype.element_ty), mask=rest_mask)
-        if NEEDS_WEIGHT:
-            into = dweight_ptr + (tl.program_id(0) * tl.cdiv(heads, HEADS) + block) * D
-            half, others = tl.arange(0, HALF), R + tl.arange(0, REST)
-            tl.store(into + half, dweight0, mask=half < R // 2)
-            tl.store(into + R // 2 + half, dweight1, mask=half < R // 2)
-            tl.store(into + others, dweight2, mask=others < D)
+        """The tiles in fp32, [BLOCK_HEADS, BLOCK_HALF] twice and [BLOCK_HEADS, BLOCK_REST]."""
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        half, rest = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, BLOCK_REST)[None, :]
+        row_ptr = ptr + head * head_stride
+        rotated = (head < HEADS) & (half < R // 2)
+        x_a = tl.load(row_ptr + half, mask=rotated, other=0.0).to(tl.float32)
+        x_b = tl.load(row_ptr + R // 2 + half, mask=rotated, other=0.0).to(tl.float32)
+        x_c = tl.zeros([BLOCK_HEADS, BLOCK_REST], tl.float32)
+        if R < D:
+            x_c = tl.load(row_ptr + R + rest, mask=(head < HEADS) & (rest < D - R), other=0.0).to(tl.float32)
+        return x_a, x_b, x_c
 
     @triton.jit
-    def _rope_kernel(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, xq_ptr, xk_ptr,
-        dq_weight_ptr, dk_weight_ptr, T, Q, G, D, R,
-        q_token, q_head, k_token, k_head, xq_token, xq_head, xk_token, xk_head, eps, offset,
-        NORM: tl.constexpr, BACKWARD: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, HEADS: tl.constexpr,
-        HALF: tl.constexpr, REST: tl.constexpr,
+    def _store_tiles(
+        ptr, head_stride, x_a, x_b, x_c, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
-        """Programs of the first axis share out the tokens; those of the second take queries first, then keys."""
-        query_blocks = tl.cdiv(Q, HEADS)
-        block = tl.program_id(1)
-        if block < query_blocks:
-            _rope_heads(
-                q_ptr, q_out_ptr, cos_ptr, sin_ptr, q_weight_ptr, xq_ptr, dq_weight_ptr, block, T, Q, D, R,
-                q_token, q_head, xq_token, xq_head, eps, offset, NORM, BACKWARD, NEEDS_WEIGHT, HEADS, HALF, REST,
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        half, rest = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, BLOCK_REST)[None, :]
+        row_ptr = ptr + head * head_stride
+        rotated = (head < HEADS) & (half < R // 2)
+        tl.store(row_ptr + half, x_a.to(ptr.dtype.element_ty), mask=rotated)
+        tl.store(row_ptr + R // 2 + half, x_b.to(ptr.dtype.element_ty), mask=rotated)
+        if R < D:
+            tl.store(row_ptr + R + rest, x_c.to(ptr.dtype.element_ty), mask=(head < HEADS) & (rest < D - R))
+
+    @triton.jit
+    def _load_angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, R: tl.constexpr, BLOCK_HALF: tl.constexpr):
+        """cos and sin of either half, [1, BLOCK_HALF]."""
+        half = tl.arange(0, BLOCK_HALF)[None, :]
+        mask = half < R // 2
+        cos_ptr += token * cos_stride
+        sin_ptr += token * sin_stride
+        cos_a = tl.load(cos_ptr + half, mask=mask, other=0.0).to(tl.float32)
+        cos_b = tl.load(cos_ptr + R // 2 + half, mask=mask, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_ptr + half, mask=mask, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptr + R // 2 + half, mask=mask, other=0.0).to(tl.float32)
+        return cos_a, cos_b, sin_a, sin_b
+
+    @triton.jit
+    def _rstd(x_a, x_b, x_c, eps, D: tl.constexpr, R: tl.constexpr):
+        """1 / rms of each head, [BLOCK_HEADS, 1]."""
+        square = tl.sum(x_a * x_a + x_b * x_b, 1)
+        if R < D:
+            square += tl.sum(x_c * x_c, 1)
+        return tl.rsqrt(square / D + eps)[:, None]
+
+    @triton.jit
+    def _forward_heads(
+        x_ptr, out_ptr, weight_ptr, head_stride, out_head_stride, cos_a, cos_b, sin_a, sin_b, eps, offset,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    ):  # fmt: skip
+        x_a, x_b, x_c = _load_tiles(x_ptr, head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+        if weight_ptr is not None:
+            w_a, w_b, w_c = _load_tiles(weight_ptr, 0, 1, D, R, 1, BLOCK_HALF, BLOCK_REST)
+            rstd = _rstd(x_a, x_b, x_c, eps, D, R)
+            x_a *= rstd * (offset + w_a)
+            x_b *= rstd * (offset + w_b)
+            x_c *= rstd * (offset + w_c)
+        out_a = x_a * cos_a - x_b * sin_a
+        out_b = x_b * cos_b + x_a * sin_b
+        _store_tiles(out_ptr, out_head_stride, out_a, out_b, x_c, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+
+    @triton.jit
+    def _backward_heads(
+        dout_ptr, dx_ptr, x_ptr, weight_ptr, dout_head_stride, dx_head_stride, head_stride,
+        cos_a, cos_b, sin_a, sin_b, eps, offset,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    ):  # fmt: skip
+        """Stores dx; the tiles that come back sum over the heads to the weight's gradient."""
+        dout_a, dout_b, d_c = _load_tiles(dout_ptr, dout_head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+        d_a = dout_a * cos_a + dout_b * sin_b
+        d_b = dout_b * cos_b - dout_a * sin_a
+        x_a, x_b, x_c = d_a, d_b, d_c
+        if weight_ptr is not None:
+            x_a, x_b, x_c = _load_tiles(x_ptr, head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+            w_a, w_b, w_c = _load_tiles(weight_ptr, 0, 1, D, R, 1, BLOCK_HALF, BLOCK_REST)
+            rstd = _rstd(x_a, x_b, x_c, eps, D, R)
+            # From here x is what was normalised, before its product with the weight; then its product with d.
+            x_a, x_b, x_c = x_a * rstd, x_b * rstd, x_c * rstd
+            g_a, g_b, g_c = d_a * (offset + w_a), d_b * (offset + w_b), d_c * (offset + w_c)
+            mean = tl.sum(g_a * x_a + g_b * x_b, 1)
+            if R < D:
+                mean += tl.sum(g_c * x_c, 1)
+            mean = (mean / D)[:, None]
+            dx_a, dx_b, dx_c = (g_a - x_a * mean) * rstd, (g_b - x_b * mean) * rstd, (g_c - x_c * mean) * rstd
+            x_a, x_b, x_c = x_a * d_a, x_b * d_b, x_c * d_c
+            d_a, d_b, d_c = dx_a, dx_b, dx_c
+        _store_tiles(dx_ptr, dx_head_stride, d_a, d_b, d_c, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+        return x_a, x_b, x_c
+
+    @triton.jit
+    def _rope_forward_kernel(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+        q_stride, q_head_stride, k_stride, k_head_stride,
+        q_out_stride, q_out_head_stride, k_out_stride, k_out_head_stride, cos_stride, sin_stride, eps, offset,
+        HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_KEY_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    ):  # fmt: skip
+        """One program a token."""
+        token = tl.program_id(0).to(tl.int64)
+        cos_a, cos_b, sin_a, sin_b = _load_angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, R, BLOCK_HALF)
+        _forward_heads(
+            q_ptr + token * q_stride, q_out_ptr + token * q_out_stride, q_weight_ptr, q_head_stride, q_out_head_stride,
+            cos_a, cos_b, sin_a, sin_b, eps, offset, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+        _forward_heads(
+            k_ptr + token * k_stride, k_out_ptr + token * k_out_stride, k_weight_ptr, k_head_stride, k_out_head_stride,
+            cos_a, cos_b, sin_a, sin_b, eps, offset, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
+    def _rope_backward_kernel(
+        dq_ptr, dk_ptr, dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dweight_ptr,
+        dq_stride, dq_head_stride, dk_stride, dk_head_stride,
+        dq_out_stride, dq_out_head_stride, dk_out_stride, dk_out_head_stride,
+        q_stride, q_head_stride, k_stride, k_head_stride, cos_stride, sin_stride, T, eps, offset,
+        HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_KEY_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    ):  # fmt: skip
+        """A program goes through the tokens in steps of the grid, and sums its part of the weights' gradients, [2, D],
+        on the way. The outputs may be the incoming gradients."""
+        dq_weight_a = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+        dq_weight_b = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+        dq_weight_c = tl.zeros([BLOCK_HEADS, BLOCK_REST], tl.float32)
+        dk_weight_a = tl.zeros([BLOCK_KEY_HEADS, BLOCK_HALF], tl.float32)
+        dk_weight_b = tl.zeros([BLOCK_KEY_HEADS, BLOCK_HALF], tl.float32)
+        dk_weight_c = tl.zeros([BLOCK_KEY_HEADS, BLOCK_REST], tl.float32)
+        for token in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
+            cos_a, cos_b, sin_a, sin_b = _load_angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, R, BLOCK_HALF)
+            part_a, part_b, part_c = _backward_heads(
+                dq_ptr + token * dq_stride, dq_out_ptr + token * dq_out_stride, q_ptr + token * q_stride,
+                q_weight_ptr, dq_head_stride, dq_out_head_stride, q_head_stride,
+                cos_a, cos_b, sin_a, sin_b, eps, offset, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
-        else:
-            _rope_heads(
-                k_ptr, k_out_ptr, cos_ptr, sin_ptr, k_weight_ptr, xk_ptr, dk_weight_ptr, block - query_blocks, T, G,
-                D, R, k_token, k_head, xk_token, xk_head, eps, offset, NORM, BACKWARD, NEEDS_WEIGHT, HEADS, HALF, REST,
+            if dweight_ptr is not None:
+                dq_weight_a += part_a
+                dq_weight_b += part_b
+                dq_weight_c += part_c
+            part_a, part_b, part_c = _backward_heads(
+                dk_ptr + token * dk_stride, dk_out_ptr + token * dk_out_stride, k_ptr + token * k_stride,
+                k_weight_ptr, dk_head_stride, dk_out_head_stride, k_head_stride,
+                cos_a, cos_b, sin_a, sin_b, eps, offset, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
+            )  # fmt: skip
+            if dweight_ptr is not None:
+                dk_weight_a += part_a
+                dk_weight_b += part_b
+                dk_weight_c += part_c
+        if dweight_ptr is not None:
+            dweight_ptr += tl.program_id(0) * (2 * D)
+            _store_tiles(
+                dweight_ptr, 0, tl.sum(dq_weight_a, 0)[None, :], tl.sum(dq_weight_b, 0)[None, :],
+                tl.sum(dq_weight_c, 0)[None, :], 1, D, R, 1, BLOCK_HALF, BLOCK_REST,
+            )  # fmt: skip
+            _store_tiles(
+                dweight_ptr + D, 0, tl.sum(dk_weight_a, 0)[None, :], tl.sum(dk_weight_b, 0)[None, :],
+                tl.sum(dk_weight_c, 0)[None, :], 1, D, R, 1, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Launcher
-
-_HEADS, _PROGRAMS = 8, 264  # heads of a program; programs, each of many tokens, where a weight's gradient is summed
+# Launchers
 
 
-class _HeadNorms(NamedTuple):
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    eps: float
-    offset: float
+@cache
+def _tiles(heads: int, key_heads: int, D: int, R: int, elements: int) -> dict[str, int]:
+    """The kernels' constants, with so many warps that a thread holds about `elements` of the queries, but at most 8:
+    with more, a thread loads less than 4 bytes of the keys at once."""
+    half, rest = triton.next_power_of_2(R // 2), triton.next_power_of_2(max(1, D - R))
+    block_heads = triton.next_power_of_2(heads)
+    return {
+        "HEADS": heads, "KEY_HEADS": key_heads, "D": D, "R": R,
+        "BLOCK_HEADS": block_heads, "BLOCK_KEY_HEADS": triton.next_power_of_2(key_heads),
+        "BLOCK_HALF": half, "BLOCK_REST": rest,
+        "num_warps": min(8, max(2, triton.next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
+    }  # fmt: skip
 
 
-def _launch(q_in, k_in, q_out, k_out, cos_TR, sin_TR, norms: _HeadNorms, *, backward, x=(None, None), needs_weight):
-    (T, Q, D), G, R = q_in.shape, k_in.shape[1], cos_TR.shape[1]
-    blocks_q, blocks_k = triton.cdiv(Q, _HEADS), triton.cdiv(G, _HEADS)
-    programs = min(T, _PROGRAMS) if needs_weight else T
-    sums = [q_in.new_empty((programs * blocks, D), dtype=torch.float32) if needs_weight else None
-            for blocks in (blocks_q, blocks_k)]  # fmt: skip
-    strides = [0 if tensor is None else tensor.stride(i) for tensor in (q_in, k_in, *x) for i in (0, 1)]
-    if T:
-        with torch.cuda.device_of(q_in):
-            _rope_kernel[(programs, blocks_q + blocks_k)](
-                q_in, k_in, q_out, k_out, cos_TR, sin_TR, norms.q_weight, norms.k_weight, *x, *sums,
-                T, Q, G, D, R, *strides, norms.eps, norms.offset,
-                NORM=norms.q_weight is not None, BACKWARD=backward, NEEDS_WEIGHT=needs_weight, HEADS=_HEADS,
-                HALF=triton.next_power_of_2(R // 2), REST=triton.next_power_of_2(max(1, D - R)), num_warps=4,
-            )  # fmt: skip
-    return [None if total is None else total.sum(0) for total in sums]
+def _launch_forward(q, k, q_out, k_out, q_weight_D, k_weight_D, cos_TR, sin_TR, eps, offset) -> None:
+    T, H, D = q.shape
+    with torch.cuda.device_of(q):
+        _rope_forward_kernel[(T,)](
+            q, k, q_out, k_out, q_weight_D, k_weight_D, cos_TR, sin_TR,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            q_out.stride(0), q_out.stride(1), k_out.stride(0), k_out.stride(1),
+            cos_TR.stride(0), sin_TR.stride(0), eps, offset, **_tiles(H, k.shape[1], D, cos_TR.shape[1], 32),
+        )  # fmt: skip
+
+
+def _launch_backward(
+    dq, dk, dq_out, dk_out, q, k, q_weight_D, k_weight_D, cos_TR, sin_TR, eps, offset, needs_weight
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights' gradients."""
+    T, H, D = dq.shape
+    tiles = _tiles(H, dk.shape[1], D, cos_TR.shape[1], 16)
+    programs, dweight_P2D = T, None
+    if needs_weight:
+        programs = min(T, num_multiprocessors(dq.device) * max(1, 32 // tiles["num_warps"]))
+        dweight_P2D = torch.empty((programs, 2, D), dtype=torch.float32, device=dq.device)
+    x, y = (dq, dk) if q is None else (q, k)  # for their strides
+    with torch.cuda.device_of(dq):
+        _rope_backward_kernel[(programs,)](
+            dq, dk, dq_out, dk_out, x, y, q_weight_D, k_weight_D, cos_TR, sin_TR, dweight_P2D,
+            dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1),
+            dq_out.stride(0), dq_out.stride(1), dk_out.stride(0), dk_out.stride(1),
+            x.stride(0), x.stride(1), y.stride(0), y.stride(1), cos_TR.stride(0), sin_TR.stride(0), T, eps, offset,
+            **tiles,
+        )  # fmt: skip
+        if dweight_P2D is None:
+            return None, None
+        dweight_2D = dweight_P2D.sum(0)
+        return dweight_2D[0], dweight_2D[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,117 +252,140 @@ def _launch(q_in, k_in, q_out, k_out, cos_TR, sin_TR, norms: _HeadNorms, *, back
 
 
 def rope_forward(
-    q_TQD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
+    q_THD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
     k_weight: Tensor | None = None, eps: float = 0.0, offset: float = 0.0, inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(q, k) rotated, contiguous; with weights [D], each head normalised before.
+    """q and k rotated; with `q_weight` and `k_weight` [D] each head is x * rsqrt(mean(x^2) + eps) * (offset + weight)
+    before. cos and sin are the two of Transformers' rotary embedding, of any float dtype, of one row a token.
 
-    q and k may be views of a larger tensor, with the last dimension contiguous. `inplace` writes over them where they
-    are contiguous.
+    Of every tensor the last dimension is contiguous; tokens and heads may have any stride. The results have the dtypes
+    of q and k and are new and contiguous, or with `inplace` q and k themselves (not with norms, whose backward pass
+    needs what came in). Not differentiable.
     """
-    norms = _HeadNorms(q_weight, k_weight, eps, offset)
-    if not use_kernels(q_TQD):
-        q = _rotate_torch(_normed_torch(q_TQD, q_weight, norms), cos_TR, sin_TR)
-        k = _rotate_torch(_normed_torch(k_TGD, k_weight, norms), cos_TR, sin_TR)
-        return (q_TQD.copy_(q), k_TGD.copy_(k)) if inplace else (q, k)
-    outs = [x if inplace and x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for x in (q_TQD, k_TGD)]  # fmt: skip
-    _launch(q_TQD, k_TGD, *outs, cos_TR.contiguous(), sin_TR.contiguous(), norms, backward=False, needs_weight=False)
-    return outs[0], outs[1]
+    if not use_kernels(q_THD):
+        return rope_reference(q_THD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace)
+    q, k = (q_THD, k_TGD) if inplace else (_new_like(q_THD), _new_like(k_TGD))
+    if q.shape[0]:
+        _launch_forward(q_THD, k_TGD, q, k, q_weight, k_weight, cos_TR, sin_TR, eps, offset)
+    return q, k
 
 
 def rope_backward(
-    dq_TQD: Tensor, dk_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q: Tensor | None = None,
+    dq_THD: Tensor, dk_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q: Tensor | None = None,
     k: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 0.0,
-    offset: float = 0.0, needs_weight: bool = False,
+    offset: float = 0.0, needs_weight: bool = False, inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dq, dk, and the gradients [D] of the weights in fp32 where they are needed), contiguous.
+    """The gradients of q and k, and in fp32 of q_weight and k_weight, or None without `needs_weight`.
 
-    With weights, `q` and `k` are what went into the norms.
+    `q` and `k` are what `rope_forward` was given, wanted with norms only. Strides are as there; the gradients have the
+    dtypes of dq and dk, and with `inplace` they are written over these.
     """
-    norms = _HeadNorms(q_weight, k_weight, eps, offset)
-    if not use_kernels(dq_TQD):
-        dq, dq_weight = _backward_torch(dq_TQD, cos_TR, sin_TR, q, q_weight, norms, needs_weight)
-        dk, dk_weight = _backward_torch(dk_TGD, cos_TR, sin_TR, k, k_weight, norms, needs_weight)
-        return dq, dk, dq_weight, dk_weight
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_TQD, dk_TGD)]
-    weights = _launch(
-        dq_TQD, dk_TGD, *outs, cos_TR.contiguous(), sin_TR.contiguous(), norms,
-        backward=True, x=(q, k), needs_weight=needs_weight,
-    )  # fmt: skip
-    return outs[0], outs[1], weights[0], weights[1]
+    if not use_kernels(dq_THD):
+        return rope_backward_reference(
+            dq_THD, dk_TGD, cos_TR, sin_TR, q, k, q_weight, k_weight, eps, offset, needs_weight, inplace
+        )
+    dq, dk = (dq_THD, dk_TGD) if inplace else (_new_like(dq_THD), _new_like(dk_TGD))
+    if dq.shape[0]:
+        return (
+            dq,
+            dk,
+            *_launch_backward(
+                dq_THD, dk_TGD, dq, dk, q, k, q_weight, k_weight, cos_TR, sin_TR, eps, offset, needs_weight
+            ),
+        )
+    if needs_weight:
+        return dq, dk, *torch.zeros((2, dq.shape[2]), dtype=torch.float32, device=dq.device)
+    return dq, dk, None, None
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, k, cos_TR, sin_TR, q_weight, k_weight, eps: float, offset: float):
-        ctx.save_for_backward(q, k, cos_TR, sin_TR, q_weight, k_weight)
-        ctx.eps, ctx.offset = eps, offset
-        return rope_forward(q, k, cos_TR, sin_TR, q_weight=q_weight, k_weight=k_weight, eps=eps, offset=offset)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any):
-        q, k, cos_TR, sin_TR, q_weight, k_weight = ctx.saved_tensors
-        dq, dk, dq_weight, dk_weight = rope_backward(
-            *(grad.contiguous() for grad in grads), cos_TR, sin_TR, q=q, k=k, q_weight=q_weight, k_weight=k_weight,
-            eps=ctx.eps, offset=ctx.offset, needs_weight=q_weight is not None,
-        )  # fmt: skip
-        return dq, dk, None, None, dq_weight, dk_weight, None, None
+def _new_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Public function
 
 
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, cos_TR, sin_TR, q_weight, k_weight, eps, offset):
+        norms = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps, "offset": offset}
+        saved = (None, None) if q_weight is None else (q, k)
+        ctx.save_for_backward(cos_TR, sin_TR, *saved, q_weight, k_weight)
+        ctx.eps, ctx.offset = eps, offset
+        return rope_forward(q, k, cos_TR, sin_TR, **norms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq, dk):
+        cos_TR, sin_TR, q, k, q_weight, k_weight = ctx.saved_tensors
+        dq, dk, dq_weight, dk_weight = rope_backward(
+            dq.contiguous(), dk.contiguous(), cos_TR, sin_TR, q=q, k=k, q_weight=q_weight, k_weight=k_weight,
+            eps=ctx.eps, offset=ctx.offset, needs_weight=any(ctx.needs_input_grad[4:6]),
+        )  # fmt: skip
+        if dq_weight is not None and dk_weight is not None:
+            dq_weight, dk_weight = dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
+        return dq, dk, None, None, dq_weight, dk_weight, None, None
+
+
 def rope(
-    q_TQD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
+    q_THD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
     k_weight: Tensor | None = None, eps: float = 0.0, offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries and keys with rotary embedding, after their heads' RMSNorm where weights [D] are given.
-
-    cos and sin are those of Transformers: [T, R] with R <= D; the rest of a head passes through.
-    """
-    return _Rope.apply(q_TQD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset)
+    """`rope_forward`, not in place, as a function that can be differentiated once in q, k and the weights."""
+    return _Rope.apply(q_THD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plain PyTorch
+# Reference
 
 
-def rope_reference(
-    q_TQD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None, eps: float = 0.0, offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`rope` in plain PyTorch."""
-    norms = _HeadNorms(q_weight, k_weight, eps, offset)
-    q, k = (_normed_torch(x, weight, norms) for x, weight in ((q_TQD, q_weight), (k_TGD, k_weight)))
-    return _rotate_torch(q, cos_TR, sin_TR), _rotate_torch(k, cos_TR, sin_TR)
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
-def _normed_torch(x: Tensor, weight: Tensor | None, norms: _HeadNorms) -> Tensor:
-    if weight is None:
-        return x
-    precise = x if x.dtype == torch.float64 else x.float()
-    return rms_norm_reference(precise, weight, norms.eps, offset=norms.offset).to(x.dtype)
+def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, back: bool = False) -> Tensor:
+    """The rotation in fp32 or fp64, or with `back` its transpose."""
+    rotary, rest = x.split([cos_TR.shape[1], x.shape[2] - cos_TR.shape[1]], -1)
+    x_a, x_b = rotary.chunk(2, -1)
+    cos_a, cos_b = cos_TR.to(x.dtype)[:, None].chunk(2, -1)
+    sin_a, sin_b = sin_TR.to(x.dtype)[:, None].chunk(2, -1)
+    if back:
+        return torch.cat((x_a * cos_a + x_b * sin_b, x_b * cos_b - x_a * sin_a, rest), -1)
+    return torch.cat((x_a * cos_a - x_b * sin_a, x_b * cos_b + x_a * sin_b, rest), -1)
 
 
-def _rotate_torch(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, back: bool = False) -> Tensor:
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    R = cos_TR.shape[-1]
-    (a, b), (cos0, cos1), (sin0, sin1) = (
-        y.to(precise).chunk(2, -1) for y in (x[..., :R], cos_TR[:, None], sin_TR[:, None])
-    )
-    pair = (a * cos0 + b * sin1, b * cos1 - a * sin0) if back else (a * cos0 - b * sin0, b * cos1 + a * sin1)
-    return torch.cat((torch.cat(pair, -1).to(x.dtype), x[..., R:]), -1)
+def _reference_rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _backward_torch(dy, cos_TR, sin_TR, x, weight, norms: _HeadNorms, needs_weight: bool):
-    dy = _rotate_torch(dy, cos_TR, sin_TR, back=True)
-    if weight is None:
-        return dy, None
-    x_NH = x.reshape(-1, x.shape[-1])
-    rstd_N = rms_norm_forward(x_NH, weight, norms.eps, offset=norms.offset).rstd_T
-    dx, dweight = rms_norm_backward(
-        dy.reshape(x_NH.shape), x_NH, weight, rstd_N, offset=norms.offset, needs_weight=needs_weight
-    )
-    return dx.view(x.shape), dweight
+def rope_reference(q, k, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace) -> tuple[Tensor, Tensor]:
+    """`rope_forward` in plain PyTorch."""
+    results = []
+    for x_in, weight in ((q, q_weight), (k, k_weight)):
+        x = _precise(x_in)
+        if weight is not None:
+            x = x * _reference_rstd(x, eps) * (offset + weight.to(x.dtype))
+        out = _rotate(x, cos_TR, sin_TR)
+        results.append(x_in.copy_(out) if inplace else out.to(x_in.dtype))
+    return results[0], results[1]
+
+
+def rope_backward_reference(
+    dq, dk, cos_TR, sin_TR, q, k, q_weight, k_weight, eps, offset, needs_weight, inplace
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`rope_backward` in plain PyTorch."""
+    grads, dweights = [], []
+    for dout, x, weight in ((dq, q, q_weight), (dk, k, k_weight)):
+        d = _rotate(_precise(dout), cos_TR, sin_TR, back=True)
+        dweight = None
+        if weight is not None:
+            x = _precise(x)
+            rstd = _reference_rstd(x, eps)
+            normed = x * rstd
+            dweight = (d * normed).sum((0, 1)) if needs_weight else None
+            scaled = d * (offset + weight.to(x.dtype))
+            d = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
+        grads.append(dout.copy_(d) if inplace else d.to(dout.dtype))
+        dweights.append(dweight)
+    return grads[0], grads[1], dweights[0], dweights[1]
