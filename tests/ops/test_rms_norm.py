@@ -5,7 +5,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from truetune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from truetune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(37, 64), (5, 129), (19, 1000), (21, 1024), (3, 5120), (2, 16384)]
@@ -172,6 +172,7 @@ def test_public_function_gives_gradients_of_any_shape_and_stride(device):
 def test_gradients_are_exact_in_fp64():
     x, weight = (randn(*shape).double().requires_grad_() for shape in ((3, 5), (5,)))
     torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, EPS, offset=1.0), (x, weight))
+    torch.testing.assert_close(rms_norm(x, weight, EPS, offset=1.0), rms_norm_reference(x, weight, EPS, offset=1.0))
 
 
 @pytest.mark.gpu

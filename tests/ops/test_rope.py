@@ -12,7 +12,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as rotate_partly
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from truetune.ops.rope import rope, rope_backward, rope_forward
+from truetune.ops.rope import rope, rope_backward, rope_forward, rope_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 T, EPS = 11, 1e-5
@@ -203,6 +203,8 @@ def test_public_function_is_differentiable(device, name):
     truth = exact(case, q, k, *ones, q_weight, k_weight, cos, sin)
     for a, c in zip(grads, truth[2:], strict=True):
         assert error(a, c) <= 1e-6
+    plain = rope_reference(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=EPS, offset=case.offset)
+    torch.testing.assert_close((q_out, k_out), plain)
 
 
 def test_gradients_are_exact_in_fp64():

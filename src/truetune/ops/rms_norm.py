@@ -166,7 +166,7 @@ def rms_norm_forward(
     and new. Not differentiable.
     """
     if not use_kernels(x_TH):
-        return rms_norm_reference(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_dtype, quantize)
+        return _forward_torch(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_dtype, quantize)
     shape, device = x_TH.shape, x_TH.device
     if residual_TH is not None:
         out_dtype = residual_TH.dtype
@@ -193,7 +193,7 @@ def rms_norm_backward(
     """
     dys = dy if isinstance(dy, tuple) else (dy,)
     if not use_kernels(x_TH):
-        return rms_norm_backward_reference(dys, x_TH, weight_H, rstd_T, offset, dresidual_TH, needs_weight, out)
+        return _backward_torch(dys, x_TH, weight_H, rstd_T, offset, dresidual_TH, needs_weight, out)
     dx_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
     if x_TH.shape[0]:
         return dx_TH, _launch_backward(dys, x_TH, weight_H, rstd_T, offset, dresidual_TH, dx_TH, needs_weight)
@@ -232,11 +232,17 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0) ->
 # Reference
 
 
+def rms_norm_reference(x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """`rms_norm` as PyTorch would do it, differentiated by autograd."""
+    z, weight_H = (tensor.to(_precise(x.dtype)) for tensor in (x, weight_H))
+    return (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * (offset + weight_H)).to(x.dtype)
+
+
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm_reference(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_dtype, quantize) -> Normed:
+def _forward_torch(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_dtype, quantize) -> Normed:
     """`rms_norm_forward` in plain PyTorch."""
     precise = _precise(x_TH.dtype)
     sum_TH = None if added_TH is None else (x_TH.to(precise) + added_TH).to(x_TH.dtype)
@@ -252,7 +258,7 @@ def rms_norm_reference(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_d
     return Normed(y.to(out_dtype or x_TH.dtype), rstd_T, sum_TH, y8, scale_T)
 
 
-def rms_norm_backward_reference(
+def _backward_torch(
     dys, x_TH, weight_H, rstd_T, offset, dresidual_TH, needs_weight, out
 ) -> tuple[Tensor, Tensor | None]:
     """`rms_norm_backward` in plain PyTorch."""

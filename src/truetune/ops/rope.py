@@ -263,7 +263,7 @@ def rope_forward(
     needs what came in). Not differentiable.
     """
     if not use_kernels(q_THD):
-        return rope_reference(q_THD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace)
+        return _forward_torch(q_THD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace)
     q, k = (q_THD, k_TGD) if inplace else (_new_like(q_THD), _new_like(k_TGD))
     if q.shape[0]:
         _launch_forward(q_THD, k_TGD, q, k, q_weight, k_weight, cos_TR, sin_TR, eps, offset)
@@ -281,7 +281,7 @@ def rope_backward(
     dtypes of dq and dk, and with `inplace` they are written over these.
     """
     if not use_kernels(dq_THD):
-        return rope_backward_reference(
+        return _backward_torch(
             dq_THD, dk_TGD, cos_TR, sin_TR, q, k, q_weight, k_weight, eps, offset, needs_weight, inplace
         )
     dq, dk = (dq_THD, dk_TGD) if inplace else (_new_like(dq_THD), _new_like(dk_TGD))
@@ -340,6 +340,14 @@ def rope(
 # Reference
 
 
+def rope_reference(
+    q_THD: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, eps: float = 0.0, offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rope` as PyTorch would do it, differentiated by autograd."""
+    return _forward_torch(q_THD, k_TGD, cos_TR, sin_TR, q_weight, k_weight, eps, offset, False)
+
+
 def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -359,7 +367,7 @@ def _reference_rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def rope_reference(q, k, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace) -> tuple[Tensor, Tensor]:
+def _forward_torch(q, k, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplace) -> tuple[Tensor, Tensor]:
     """`rope_forward` in plain PyTorch."""
     results = []
     for x_in, weight in ((q, q_weight), (k, k_weight)):
@@ -371,7 +379,7 @@ def rope_reference(q, k, cos_TR, sin_TR, q_weight, k_weight, eps, offset, inplac
     return results[0], results[1]
 
 
-def rope_backward_reference(
+def _backward_torch(
     dq, dk, cos_TR, sin_TR, q, k, q_weight, k_weight, eps, offset, needs_weight, inplace
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`rope_backward` in plain PyTorch."""
