@@ -88,11 +88,11 @@ def inspect(
     from rich.console import Console
 
     from truetune.data import audit
-    from truetune.run_data import prepare_data
+    from truetune.run_data import prepare_shown
     from truetune.run_model import load_tokenizer
 
     tokenizer, _ = load_tokenizer(recipe)
-    prepared, _ = prepare_data(recipe, tokenizer, recipe.training["seed"], Console(stderr=True))
+    prepared = prepare_shown(recipe, tokenizer, Console(stderr=True))
     packing = recipe.max_length if recipe.packing else None
     if as_json:
         for line in audit.inspect_lines(prepared, tokenizer, rows=rows, packing=packing):

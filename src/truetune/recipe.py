@@ -236,10 +236,21 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("`training.eval_strategy` needs something to evaluate on: set `eval_data`, 0.05 say.")
     if isinstance(recipe.eval_data, float) and not 0 < recipe.eval_data < 1:
         raise RecipeError(f"`eval_data` is a share between 0 and 1, or sources, not {recipe.eval_data:g}: use 0.05.")
+    _check_streaming(recipe)
     for source in (*recipe.data, *(recipe.eval_data if isinstance(recipe.eval_data, list) else ())):
         if source.weight <= 0:
             raise RecipeError(f"The weight of {source.path} is {source.weight:g}: it must be above 0.")
     _check_output_dir(recipe.output_dir)
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    if recipe.streaming and recipe.training.get("max_steps", -1) < 1:
+        raise RecipeError("`streaming: true` does not know how long the data is: set `training.max_steps`.")
+    if recipe.streaming and isinstance(recipe.eval_data, float):
+        raise RecipeError(
+            f"`eval_data: {recipe.eval_data:g}` is a share of rows, and `streaming: true` does not know how many there "
+            "are: give `eval_data` sources of its own."
+        )
 
 
 def _check_learning_rates(recipe: Recipe) -> None:

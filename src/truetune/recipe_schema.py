@@ -29,6 +29,7 @@ class Recipe:
     method: Literal["lora", "qlora", "full"] = "lora"
     precision: Literal["auto", "bf16", "fp16", "fp32", "nf4", "fp8"] = "auto"
     lora: dict[str, Any] = field(default_factory=dict)
+    streaming: bool = False
     eval_data: float | list[Source] | None = None
     chat_template: str | None = None
     supervise: Literal["responses", "last_response", "all"] = "responses"

@@ -14,11 +14,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 from truetune.data.prepare import Prepared
+from truetune.data.stream import DocumentStream
 from truetune.launch import INTERRUPTED, launch, processes_to_start
 from truetune.models.load import check_model, load_model
 from truetune.recipe import Recipe, with_batch_split
 from truetune.run_callbacks import ShowProgress, StopOnInterrupt, WriteMetrics
-from truetune.run_data import Plan, make_plan, prepare_data, print_plan
+from truetune.run_data import Plan, make_plan, prepare_data, print_counts, print_plan
 from truetune.run_model import (
     add_lora,
     check_adapter,
@@ -99,7 +100,10 @@ def train(
         record = new_record(recipe, trainer, plan.to_dict(), data, eval_data)
         if checkpoint is not None:
             record = continued(record, output, checkpoint, recipe.allow)
-        interrupted = _fit(trainer, recipe, record, checkpoint, console)
+        interrupted = _fit(trainer, recipe, record, data, checkpoint, console)
+    if isinstance(data, DocumentStream):
+        console.print("Read from the stream, what is trained and what still lay in the buffer:")
+        print_counts(console, data.counts)
     if args.should_save:
         print_next(console, recipe, tokenizer, interrupted)
     return RunResult(output, plan, trainer, interrupted)
@@ -129,7 +133,7 @@ def make_trainer(
     args: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     new_ids: list[int],
-    data: Prepared,
+    data: Prepared | DocumentStream,
     eval_data: Prepared | None,
 ) -> RecipeTrainer:
     """Weights at the recipe's precision, with its adapter, in a trainer. Raises `ModelError` and `TrainError`."""
@@ -159,7 +163,12 @@ def make_trainer(
 
 
 def _fit(
-    trainer: RecipeTrainer, recipe: Recipe, record: dict[str, Any], checkpoint: Path | None, console: Console
+    trainer: RecipeTrainer,
+    recipe: Recipe,
+    record: dict[str, Any],
+    data: Prepared | DocumentStream,
+    checkpoint: Path | None,
+    console: Console,
 ) -> bool:
     """From the first step to the saved result, or to a checkpoint where interrupted, which it returns."""
     output = Path(recipe.output_dir)
@@ -196,5 +205,6 @@ def _fit(
             trainer.evaluate()
         save_result(trainer, output)
     if trainer.args.should_save:
-        write_json(output / "run.json", finished(record, trainer, train_metrics, metrics.last, interrupted))
+        done = finished(record, trainer, data.counts, train_metrics, metrics.last, interrupted)
+        write_json(output / "run.json", done)
     return interrupted

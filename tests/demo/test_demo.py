@@ -66,6 +66,18 @@ def test_the_model_is_built_once_and_generates(tmp_path):
     assert answers == answer(model, tokenizer, rows, batch_size=1)
 
 
+def test_a_build_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def press_ctrl_c(count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "make_examples", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        demo.resolve_data(demo.BUILTIN)
+    assert list((tmp_path / "truetune").iterdir()) == []
+
+
 def test_exact_match_counts_right_answers_by_task():
     answers = [Answer("a", "?", "x", "x"), Answer("a", "?", "x", "X"), Answer("b", "?", "y z", "y z")]
     assert exact_match(answers) == {"a": 0.5, "b": 1.0, "all": 2 / 3}

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -95,10 +94,13 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     target = root / f"demo-{name}-{hashlib.sha256(code).hexdigest()[:12]}"
     if not target.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=root))
-        build(beside)
-        try:
-            beside.rename(target)
-        except OSError:  # another process was quicker
-            shutil.rmtree(beside)
+        with tempfile.TemporaryDirectory(dir=root) as beside:  # gone, too, where an error or Ctrl-C ends the building
+            built = Path(beside) / name
+            built.mkdir()
+            build(built)
+            try:
+                built.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was quicker
+                    raise
     return target
