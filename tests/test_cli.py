@@ -224,6 +224,15 @@ NO_RECIPE = [
     ("no script", nothing, ["run", "none.py"], "none.py"),
     ("run nothing", nothing, ["run"], "SCRIPT.py"),
     ("inspect without a model", nothing, ["inspect", "--data", "chats.jsonl"], "There is no model"),
+    ("seed below 0", nothing, [*TRAIN, "training.seed=-1"], "`training.seed`"),
+    ("no steps", nothing, [*TRAIN, "training.max_steps=0"], "`training.max_steps`"),
+    ("workers below 0", nothing, [*TRAIN, "training.dataloader_num_workers=-1"], "`training.dataloader_num_workers`"),
+    ("Adam's beta", nothing, [*TRAIN, "training.adam_beta1=2"], "`training.adam_beta1`"),
+    ("evaluation of nothing", nothing, [*TRAIN, "training.eval_on_start=true"], "`eval_data`"),
+    ("schedule without its floor", nothing, [*TRAIN, "training.lr_scheduler_type=cosine_with_min_lr"], "min_lr_rate"),
+    ("schedule's unknown keyword", nothing, [*TRAIN, "training.lr_scheduler_kwargs={foo: 1}"], "foo"),
+    ("stream without an end", nothing, [*TRAIN, "streaming=true"], "`training.max_steps`"),
+    ("streaming of one source", nothing, [*TRAIN, "data.0.streaming=true"], "at the top of the recipe"),
     ("no embedding trained", nothing, [*TRAIN, "training.embedding_learning_rate=1e-5"], "embedding_learning_rate"),
 ]
 BAD_DATA = [
@@ -234,6 +243,12 @@ BAD_DATA = [
     ("unknown role", bad_rows({"messages": [{"role": "wizard", "content": "x"}]}), TRAIN, "wizard"),
     ("empty conversation", bad_rows({"messages": []}), TRAIN, "chats.jsonl:1"),
     ("nothing supervised", bad_rows({"messages": [USER]}), TRAIN, "learn from"),
+    (
+        "only tool calls that the template leaves out",
+        bad_rows({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]}),
+        TRAIN,
+        "the chat template leaves out their tool calls",
+    ),
     ("no shape", bad_rows({"a": 1}), TRAIN, "chats.jsonl:1"),
     ("a row of another shape", bad_rows(CHAT, {"a": 1}), TRAIN, "chats.jsonl:2"),
     ("wrong column map", nothing, [*TRAIN, "data.0.columns={prompt: question}"], "question"),
@@ -275,6 +290,10 @@ BAD_OUTPUT = [
 CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT
 LATE = [  # what only the weights can tell
     ("broken weights", changed_model(model=b"nothing"), TRAIN, "llama"),
+    ("no package to report with", nothing, [*TRAIN, "training.report_to=mlflow"], "mlflow"),
+    ("no module to save", nothing, [*TRAIN, "lora.modules_to_save=[lm_hed]"], "lm_hed"),
+    ("one module too many", nothing, [*TRAIN, "lora.target_modules=[q_proj, w_proj]"], "w_proj"),
+    ("a token that is not there", nothing, [*TRAIN, "lora.trainable_token_indices=[99999]"], "99999"),
     ("no module to adapt", nothing, [*TRAIN, "lora.target_modules=[nope]"], "nope"),
 ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, get_scheduler, set_seed
 
 from truetune.data.prepare import Prepared
 from truetune.data.stream import DocumentStream
@@ -123,9 +123,24 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     display = {"disable_tqdm": True, "logging_nan_inf_filter": False}  # a loss of NaN is shown as one
     own = {"output_dir": recipe.output_dir, "max_length": recipe.max_length, "allow": list(recipe.allow)}
     try:
-        return SFTConfig(**{**machine, **display, **training, **own})
+        args = SFTConfig(**{**machine, **display, **training, **own})
+        # A schedule says only here, with an optimizer of nothing, that it lacks one of its lr_scheduler_kwargs.
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a mapping by now
+        )
     except (TypeError, ValueError, ImportError) as error:
-        raise TrainError(f"the recipe's training is refused: {' '.join(str(error).split())}") from error
+        raise _refused(error) from error
+    if args.activation_offloading and not on_gpu:
+        raise TrainError("training.activation_offloading moves activations off a GPU, and there is none: remove it.")
+    return args
+
+
+def _refused(error: Exception) -> TrainError:
+    return TrainError(f"the recipe's training is refused: {' '.join(str(error).split())}")
 
 
 def make_trainer(
@@ -147,18 +162,24 @@ def make_trainer(
         model = load_adapter(model, recipe.adapter)
     elif recipe.method != "full":
         model = add_lora(model, recipe, new_ids)
-    trainer = RecipeTrainer(
-        model,
-        args,
-        train_dataset=data.documents,
-        eval_dataset=None if eval_data is None else eval_data.documents,
-        processing_class=tokenizer,
-        pack=recipe.packing,
-    )
+    try:
+        trainer = RecipeTrainer(
+            model,
+            args,
+            train_dataset=data.documents,
+            eval_dataset=None if eval_data is None else eval_data.documents,
+            processing_class=tokenizer,
+            pack=recipe.packing,
+        )
+    except TrainError:
+        raise
+    except (ValueError, ImportError, RuntimeError, OSError) as error:  # report_to=wandb without wandb, a Hub offline
+        raise _refused(error) from error
     try:
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise TrainError(f"training.optim {args.optim} cannot be had: {' '.join(str(error).split())}") from error
+        name = getattr(args.optim, "value", args.optim)
+        raise TrainError(f"training.optim {name} cannot be had: {' '.join(str(error).split())}") from error
     return trainer
 
 

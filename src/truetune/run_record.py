@@ -48,7 +48,8 @@ def new_record(
     data_hash = packs = None
     if isinstance(data, Prepared):
         data_hash = documents_hash(data.documents)
-        packs = PackSampler(data.lengths, recipe.max_length, args.data_seed or args.seed) if recipe.packing else None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        packs = PackSampler(data.lengths, recipe.max_length, seed) if recipe.packing else None
     adapter = recipe.adapter if recipe.adapter is not None and os.path.isdir(recipe.adapter) else None
     return {
         "status": "running",

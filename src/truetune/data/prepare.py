@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from truetune.data.chat import Document, Encoder
+from truetune.data.chat import COUNTS, Document, Encoder
 from truetune.data.errors import DataError
 from truetune.data.rows import Row, RowSet, Source, read_rows
 
@@ -132,7 +132,7 @@ def prepare(
         counts = total(batch.counts for batch in batches)
         if not counts.documents:
             cut_off = [lost for batch in batches for lost in batch.cut_off]
-            raise DataError(why_nothing_is_left(counts.rows, cut_off, supervise, max_length))
+            raise DataError(why_nothing_is_left(counts, cut_off, supervise, max_length))
         table = pa.concat_tables(batch.documents for batch in batches)
         counts.lengths = _histogram(_lengths(table))
         _write(path, table, counts)
@@ -270,12 +270,15 @@ def _histogram(lengths: np.ndarray) -> dict[str, int]:
 
 
 def why_nothing_is_left(
-    num_rows: int, cut_off: Sequence[tuple[int, int, int]], supervise: Supervise, max_length: int | None
+    counts: Counts, cut_off: Sequence[tuple[int, int, int]], supervise: Supervise, max_length: int | None
 ) -> str:
+    """A sentence about `counts` of rows that have no document left, of which `cut_off` had supervised tokens."""
+    num_rows = counts.rows
     if not cut_off:
+        notes = "; ".join(f"{count} {COUNTS[name]}" for name, count in counts.encoder.items())
         return (
             f"none of the {num_rows} rows has a token to learn from with supervise: {supervise}; a row needs an "
-            "assistant turn or a completion that is not empty"
+            f"assistant turn or a completion that is not empty{f' ({notes})' if notes else ''}"
         )
     lost = len({row for row, _, _ in cut_off})
     first = min(up_to_first for _, up_to_first, _ in cut_off)

@@ -69,7 +69,7 @@ class DocumentStream:
                 break
             yield from _documents(batch.documents)
         if not self.counts.documents:
-            raise DataError(why_nothing_is_left(first_row, self._cut_off, self._supervise, self._max_length))
+            raise DataError(why_nothing_is_left(self.counts, self._cut_off, self._supervise, self._max_length))
 
 
 def _documents(table: pa.Table) -> Iterator[dict[str, Any]]:
