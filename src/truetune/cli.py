@@ -110,6 +110,7 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is in effect on it."""
+    _hide_warnings()
     from truetune import doctor
 
     found = doctor.gather()

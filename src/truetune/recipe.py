@@ -195,6 +195,9 @@ def _with_defaults(values: dict[str, Any], explicit: frozenset[str]) -> Recipe:
     for key, example in (("model", "--model Qwen/Qwen3-8B"), ("data", "--data chats.jsonl")):
         if not values.get(key):
             raise RecipeError(f"There is no {key}: give `{key}` in the recipe or {example}.")
+    for key in ("model", "adapter", "chat_template", "output_dir"):
+        if values.get(key) is not None:  # in a file, and behind KEY=, no shell does it
+            values[key] = os.path.expanduser(values[key])
     method = values.get("method", "lora")
     if method == "qlora" and values.get("precision", "auto") == "auto":
         values["precision"] = "nf4"
