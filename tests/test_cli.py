@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,7 @@ NO_RECIPE = [
     ("no script", nothing, ["run", "none.py"], "none.py"),
     ("run nothing", nothing, ["run"], "SCRIPT.py"),
     ("inspect without a model", nothing, ["inspect", "--data", "chats.jsonl"], "There is no model"),
+    ("batches split again", nothing, [*TRAIN, "training.accelerator_config={split_batches: true}"], "no effect"),
     ("seed below 0", nothing, [*TRAIN, "training.seed=-1"], "`training.seed`"),
     ("no steps", nothing, [*TRAIN, "training.max_steps=0"], "`training.max_steps`"),
     ("workers below 0", nothing, [*TRAIN, "training.dataloader_num_workers=-1"], "`training.dataloader_num_workers`"),
@@ -287,10 +289,16 @@ BAD_OUTPUT = [
     ("resume of nothing", nothing, [*TRAIN, "--resume"], "checkpoint"),
     ("resume and overwrite", nothing, [*TRAIN, "--resume", "--overwrite"], "--overwrite"),
 ]
-CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT
+NOT_HERE = [  # by what the machine lacks
+    ("liger_kernel", nothing, [*TRAIN, "training.use_liger_kernel=true"], "pip install liger-kernel"),
+    ("a GPU", nothing, [*TRAIN, "training.activation_offloading=true"], "remove it"),
+]
+has = {"liger_kernel": find_spec("liger_kernel") is not None, "a GPU": Path("/dev/nvidiactl").exists()}
+CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT + [case for case in NOT_HERE if not has[case[0]]]
 LATE = [  # what only the weights can tell
     ("broken weights", changed_model(model=b"nothing"), TRAIN, "llama"),
     ("no package to report with", nothing, [*TRAIN, "training.report_to=mlflow"], "mlflow"),
+    ("no such argument of the model", nothing, [*TRAIN, "training.model_init_kwargs={foo: 1}"], "foo"),
     ("no module to save", nothing, [*TRAIN, "lora.modules_to_save=[lm_hed]"], "lm_hed"),
     ("one module too many", nothing, [*TRAIN, "lora.target_modules=[q_proj, w_proj]"], "w_proj"),
     ("a token that is not there", nothing, [*TRAIN, "lora.trainable_token_indices=[99999]"], "99999"),

@@ -73,6 +73,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("shuffle_dataset", "train_sampling_strategy", "length_column_name"), "packs are drawn by the seed"
     ),
+    "accelerator_config": "each process takes packs of its own",
     **dict.fromkeys(("pad_to_multiple_of", "dataloader_drop_last"), "no batch is padded and no pack dropped"),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from truetune.data.prepare import Prepared
 from truetune.data.stream import DocumentStream
@@ -134,6 +135,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise _refused(error) from error
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise TrainError("training.use_liger_kernel needs a package that is not installed: pip install liger-kernel.")
     if args.activation_offloading and not on_gpu:
         raise TrainError("training.activation_offloading moves activations off a GPU, and there is none: remove it.")
     return args
@@ -171,7 +174,7 @@ def make_trainer(
             processing_class=tokenizer,
             pack=recipe.packing,
         )
-    except TrainError:
+    except (TrainError, torch.OutOfMemoryError):
         raise
     except (ValueError, ImportError, RuntimeError, OSError) as error:  # report_to=wandb without wandb, a Hub offline
         raise _refused(error) from error
