@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,16 @@ NO_RECIPE = [
     ("no script", nothing, ["run", "none.py"], "none.py"),
     ("run nothing", nothing, ["run"], "SCRIPT.py"),
     ("inspect without a model", nothing, ["inspect", "--data", "chats.jsonl"], "There is no model"),
+    ("batches split again", nothing, [*TRAIN, "training.accelerator_config={split_batches: true}"], "no effect"),
+    ("seed below 0", nothing, [*TRAIN, "training.seed=-1"], "`training.seed`"),
+    ("no steps", nothing, [*TRAIN, "training.max_steps=0"], "`training.max_steps`"),
+    ("workers below 0", nothing, [*TRAIN, "training.dataloader_num_workers=-1"], "`training.dataloader_num_workers`"),
+    ("Adam's beta", nothing, [*TRAIN, "training.adam_beta1=2"], "`training.adam_beta1`"),
+    ("evaluation of nothing", nothing, [*TRAIN, "training.eval_on_start=true"], "`eval_data`"),
+    ("schedule without its floor", nothing, [*TRAIN, "training.lr_scheduler_type=cosine_with_min_lr"], "min_lr_rate"),
+    ("schedule's unknown keyword", nothing, [*TRAIN, "training.lr_scheduler_kwargs={foo: 1}"], "foo"),
+    ("stream without an end", nothing, [*TRAIN, "streaming=true"], "`training.max_steps`"),
+    ("streaming of one source", nothing, [*TRAIN, "data.0.streaming=true"], "at the top of the recipe"),
     ("no embedding trained", nothing, [*TRAIN, "training.embedding_learning_rate=1e-5"], "embedding_learning_rate"),
 ]
 BAD_DATA = [
@@ -234,6 +245,12 @@ BAD_DATA = [
     ("unknown role", bad_rows({"messages": [{"role": "wizard", "content": "x"}]}), TRAIN, "wizard"),
     ("empty conversation", bad_rows({"messages": []}), TRAIN, "chats.jsonl:1"),
     ("nothing supervised", bad_rows({"messages": [USER]}), TRAIN, "learn from"),
+    (
+        "only tool calls that the template leaves out",
+        bad_rows({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]}),
+        TRAIN,
+        "the chat template leaves out their tool calls",
+    ),
     ("no shape", bad_rows({"a": 1}), TRAIN, "chats.jsonl:1"),
     ("a row of another shape", bad_rows(CHAT, {"a": 1}), TRAIN, "chats.jsonl:2"),
     ("wrong column map", nothing, [*TRAIN, "data.0.columns={prompt: question}"], "question"),
@@ -272,9 +289,19 @@ BAD_OUTPUT = [
     ("resume of nothing", nothing, [*TRAIN, "--resume"], "checkpoint"),
     ("resume and overwrite", nothing, [*TRAIN, "--resume", "--overwrite"], "--overwrite"),
 ]
-CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT
+NOT_HERE = [  # by what the machine lacks
+    ("liger_kernel", nothing, [*TRAIN, "training.use_liger_kernel=true"], "pip install liger-kernel"),
+    ("a GPU", nothing, [*TRAIN, "training.activation_offloading=true"], "remove it"),
+]
+has = {"liger_kernel": find_spec("liger_kernel") is not None, "a GPU": Path("/dev/nvidiactl").exists()}
+CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT + [case for case in NOT_HERE if not has[case[0]]]
 LATE = [  # what only the weights can tell
     ("broken weights", changed_model(model=b"nothing"), TRAIN, "llama"),
+    ("no package to report with", nothing, [*TRAIN, "training.report_to=mlflow"], "mlflow"),
+    ("no such argument of the model", nothing, [*TRAIN, "training.model_init_kwargs={foo: 1}"], "foo"),
+    ("no module to save", nothing, [*TRAIN, "lora.modules_to_save=[lm_hed]"], "lm_hed"),
+    ("one module too many", nothing, [*TRAIN, "lora.target_modules=[q_proj, w_proj]"], "w_proj"),
+    ("a token that is not there", nothing, [*TRAIN, "lora.trainable_token_indices=[99999]"], "99999"),
     ("no module to adapt", nothing, [*TRAIN, "lora.target_modules=[nope]"], "nope"),
 ]
 

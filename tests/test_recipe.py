@@ -465,3 +465,10 @@ def test_reading_a_recipe_without_training_fields_imports_no_torch():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_tilde_is_the_home_directory_where_no_shell_has_seen_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    keys = ("model", "adapter", "chat_template", "output_dir")
+    recipe = load_recipe(None, [f"{key}=~/{key}" for key in keys] + ["data=~/chats.jsonl"])
+    assert [getattr(recipe, key) for key in keys] == [f"/home/ada/{key}" for key in keys]

@@ -1,6 +1,7 @@
 """The commands. No logic: each reads its options, and imports what it needs when it runs, so that --help is quick."""
 
 import json
+import logging
 import re
 import sys
 import warnings
@@ -88,11 +89,11 @@ def inspect(
     from rich.console import Console
 
     from truetune.data import audit
-    from truetune.run_data import prepare_data
+    from truetune.run_data import prepare_shown
     from truetune.run_model import load_tokenizer
 
     tokenizer, _ = load_tokenizer(recipe)
-    prepared, _ = prepare_data(recipe, tokenizer, recipe.training["seed"], Console(stderr=True))
+    prepared = prepare_shown(recipe, tokenizer, Console(stderr=True))
     packing = recipe.max_length if recipe.packing else None
     if as_json:
         for line in audit.inspect_lines(prepared, tokenizer, rows=rows, packing=packing):
@@ -109,6 +110,7 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is in effect on it."""
+    _hide_warnings()
     from truetune import doctor
 
     found = doctor.gather()
@@ -132,7 +134,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Where the result goes.")] = "runs/demo",
 ) -> None:
     """Do the whole job on the built-in model and data."""
-    _hide_deprecations()
+    _hide_warnings()
     from truetune.run_demo import run_demo
 
     run_demo(output)
@@ -154,7 +156,7 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
     from truetune.recipe import load_recipe
 
-    _hide_deprecations()
+    _hide_warnings()
     overrides = list(changes or [])
     path = None
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
@@ -162,8 +164,9 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     return load_recipe(path, overrides, flags)
 
 
-def _hide_deprecations() -> None:
-    """Those between the libraries below are not the user's to mend."""
+def _hide_warnings() -> None:
+    """Those between the libraries below, and bitsandbytes' wish for a faster kernel on a CPU, are not the user's."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
 
 

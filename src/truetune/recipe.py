@@ -44,6 +44,12 @@ _RANGES = {  # the lowest value, whether it is itself allowed, and the highest
     "training.save_steps": (0, False, None),
     "training.eval_steps": (0, False, None),
     "training.weight_decay": (0, True, None),
+    "training.adam_beta1": (0, True, 1),
+    "training.adam_beta2": (0, True, 1),
+    "training.adam_epsilon": (0, True, None),
+    "training.seed": (0, True, 2**32),
+    "training.data_seed": (0, True, 2**32),
+    "training.dataloader_num_workers": (0, True, None),
     "lora.r": (1, True, None),
     "lora.lora_dropout": (0, True, 1),
 }
@@ -189,6 +195,9 @@ def _with_defaults(values: dict[str, Any], explicit: frozenset[str]) -> Recipe:
     for key, example in (("model", "--model Qwen/Qwen3-8B"), ("data", "--data chats.jsonl")):
         if not values.get(key):
             raise RecipeError(f"There is no {key}: give `{key}` in the recipe or {example}.")
+    for key in ("model", "adapter", "chat_template", "output_dir"):
+        if values.get(key) is not None:  # in a file, and behind KEY=, no shell does it
+            values[key] = os.path.expanduser(values[key])
     method = values.get("method", "lora")
     if method == "qlora" and values.get("precision", "auto") == "auto":
         values["precision"] = "nf4"
@@ -232,14 +241,29 @@ def _check(recipe: Recipe) -> None:
     if recipe.method == "full" and recipe.precision == "nf4":
         raise RecipeError("4-bit weights cannot be trained whole: use `method: qlora`, or another `precision`.")
     _check_learning_rates(recipe)
-    if recipe.eval_data is None and recipe.training.get("eval_strategy", "no") != "no":
-        raise RecipeError("`training.eval_strategy` needs something to evaluate on: set `eval_data`, 0.05 say.")
+    asked = {name: recipe.training.get(name) for name in ("eval_strategy", "eval_steps", "eval_on_start")}
+    asked = {name: value for name, value in asked.items() if value and value != "no"}
+    if recipe.eval_data is None and asked:
+        raise RecipeError(f"`training.{next(iter(asked))}` needs data to evaluate on: set `eval_data`, 0.05 say.")
     if isinstance(recipe.eval_data, float) and not 0 < recipe.eval_data < 1:
         raise RecipeError(f"`eval_data` is a share between 0 and 1, or sources, not {recipe.eval_data:g}: use 0.05.")
+    _check_streaming(recipe)
+    if (steps := recipe.training.get("max_steps", -1)) < 1 and steps != -1:
+        raise RecipeError(f"`training.max_steps` must be at least 1, or -1 for whole epochs, not {steps}.")
     for source in (*recipe.data, *(recipe.eval_data if isinstance(recipe.eval_data, list) else ())):
         if source.weight <= 0:
             raise RecipeError(f"The weight of {source.path} is {source.weight:g}: it must be above 0.")
     _check_output_dir(recipe.output_dir)
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    if recipe.streaming and recipe.training.get("max_steps", -1) < 1:
+        raise RecipeError("`streaming: true` does not know how long the data is: set `training.max_steps`.")
+    if recipe.streaming and isinstance(recipe.eval_data, float):
+        raise RecipeError(
+            f"`eval_data: {recipe.eval_data:g}` is a share of rows, and `streaming: true` does not know how many there "
+            "are: give `eval_data` sources of its own."
+        )
 
 
 def _check_learning_rates(recipe: Recipe) -> None:

@@ -29,6 +29,7 @@ class Recipe:
     method: Literal["lora", "qlora", "full"] = "lora"
     precision: Literal["auto", "bf16", "fp16", "fp32", "nf4", "fp8"] = "auto"
     lora: dict[str, Any] = field(default_factory=dict)
+    streaming: bool = False
     eval_data: float | list[Source] | None = None
     chat_template: str | None = None
     supervise: Literal["responses", "last_response", "all"] = "responses"
@@ -72,6 +73,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("shuffle_dataset", "train_sampling_strategy", "length_column_name"), "packs are drawn by the seed"
     ),
+    "accelerator_config": "each process takes packs of its own",
     **dict.fromkeys(("pad_to_multiple_of", "dataloader_drop_last"), "no batch is padded and no pack dropped"),
 }
 

@@ -44,6 +44,7 @@ _WORDS_OF = {
     "`eval_data` (a share such as 0.05, or sources)": """
         val_set_size val_size eval_size test_size eval_dataset eval_datasets test_datasets validation_data
         validation_file val_data eval_file eval_split dataset_test_split validation_split valid eval test validation""",
+    "`streaming`": "dataset_streaming stream use_streaming iterable_dataset is_streaming",
     "`chat_template`": """
         template chat_template_path chat_template_jinja prompt_template conversation_template conversation
         prompt_style chat_format""",
@@ -118,6 +119,7 @@ _SOURCE_ADVICE = {
         "`split`": "split_name subset_split train_split",
         "`weight`": "ratio prob probability share sampling_weight num_samples",
         "`columns`": "field_messages field_instruction field_output mapping column_mapping column_map fields keys",
+        "`streaming: true` for all sources, at the top of the recipe": "streaming stream dataset_streaming",
         "remove it, the shape of the rows is recognised": "type ds_type format formatting data_format conversation",
     }.items()
     for word in words.split()

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from truetune.data.prepare import Prepared
+from truetune.data.stream import DocumentStream
 from truetune.launch import INTERRUPTED, launch, processes_to_start
 from truetune.models.load import check_model, load_model
 from truetune.recipe import Recipe, with_batch_split
 from truetune.run_callbacks import ShowProgress, StopOnInterrupt, WriteMetrics
-from truetune.run_data import Plan, make_plan, prepare_data, print_plan
+from truetune.run_data import Plan, make_plan, prepare_data, print_counts, print_plan
 from truetune.run_model import (
     add_lora,
     check_adapter,
@@ -99,7 +101,10 @@ def train(
         record = new_record(recipe, trainer, plan.to_dict(), data, eval_data)
         if checkpoint is not None:
             record = continued(record, output, checkpoint, recipe.allow)
-        interrupted = _fit(trainer, recipe, record, checkpoint, console)
+        interrupted = _fit(trainer, recipe, record, data, checkpoint, console)
+    if isinstance(data, DocumentStream):
+        console.print("Read from the stream, what is trained and what still lay in the buffer:")
+        print_counts(console, data.counts)
     if args.should_save:
         print_next(console, recipe, tokenizer, interrupted)
     return RunResult(output, plan, trainer, interrupted)
@@ -119,9 +124,26 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     display = {"disable_tqdm": True, "logging_nan_inf_filter": False}  # a loss of NaN is shown as one
     own = {"output_dir": recipe.output_dir, "max_length": recipe.max_length, "allow": list(recipe.allow)}
     try:
-        return SFTConfig(**{**machine, **display, **training, **own})
+        args = SFTConfig(**{**machine, **display, **training, **own})
+        # A schedule says only here, with an optimizer of nothing, that it lacks one of its lr_scheduler_kwargs.
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a mapping by now
+        )
     except (TypeError, ValueError, ImportError) as error:
-        raise TrainError(f"the recipe's training is refused: {' '.join(str(error).split())}") from error
+        raise _refused(error) from error
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise TrainError("training.use_liger_kernel needs a package that is not installed: pip install liger-kernel.")
+    if args.activation_offloading and not on_gpu:
+        raise TrainError("training.activation_offloading moves activations off a GPU, and there is none: remove it.")
+    return args
+
+
+def _refused(error: Exception) -> TrainError:
+    return TrainError(f"the recipe's training is refused: {' '.join(str(error).split())}")
 
 
 def make_trainer(
@@ -129,7 +151,7 @@ def make_trainer(
     args: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     new_ids: list[int],
-    data: Prepared,
+    data: Prepared | DocumentStream,
     eval_data: Prepared | None,
 ) -> RecipeTrainer:
     """Weights at the recipe's precision, with its adapter, in a trainer. Raises `ModelError` and `TrainError`."""
@@ -143,23 +165,34 @@ def make_trainer(
         model = load_adapter(model, recipe.adapter)
     elif recipe.method != "full":
         model = add_lora(model, recipe, new_ids)
-    trainer = RecipeTrainer(
-        model,
-        args,
-        train_dataset=data.documents,
-        eval_dataset=None if eval_data is None else eval_data.documents,
-        processing_class=tokenizer,
-        pack=recipe.packing,
-    )
+    try:
+        trainer = RecipeTrainer(
+            model,
+            args,
+            train_dataset=data.documents,
+            eval_dataset=None if eval_data is None else eval_data.documents,
+            processing_class=tokenizer,
+            pack=recipe.packing,
+        )
+    except (TrainError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, ImportError, RuntimeError, OSError) as error:  # report_to=wandb without wandb, a Hub offline
+        raise _refused(error) from error
     try:
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise TrainError(f"training.optim {args.optim} cannot be had: {' '.join(str(error).split())}") from error
+        name = getattr(args.optim, "value", args.optim)
+        raise TrainError(f"training.optim {name} cannot be had: {' '.join(str(error).split())}") from error
     return trainer
 
 
 def _fit(
-    trainer: RecipeTrainer, recipe: Recipe, record: dict[str, Any], checkpoint: Path | None, console: Console
+    trainer: RecipeTrainer,
+    recipe: Recipe,
+    record: dict[str, Any],
+    data: Prepared | DocumentStream,
+    checkpoint: Path | None,
+    console: Console,
 ) -> bool:
     """From the first step to the saved result, or to a checkpoint where interrupted, which it returns."""
     output = Path(recipe.output_dir)
@@ -196,5 +229,6 @@ def _fit(
             trainer.evaluate()
         save_result(trainer, output)
     if trainer.args.should_save:
-        write_json(output / "run.json", finished(record, trainer, train_metrics, metrics.last, interrupted))
+        done = finished(record, trainer, data.counts, train_metrics, metrics.last, interrupted)
+        write_json(output / "run.json", done)
     return interrupted

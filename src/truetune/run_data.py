@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 from transformers import PreTrainedTokenizerBase
 
 from truetune import demo
 from truetune.data.chat import COUNTS
 from truetune.data.errors import DataError
 from truetune.data.packing import PackSampler
-from truetune.data.prepare import Prepared, prepare
-from truetune.data.rows import Row, RowSet, Source, read_rows
+from truetune.data.prepare import Counts, Prepared, prepare
+from truetune.data.rows import Row, RowSet, Source, read_rows, stream_rows
+from truetune.data.stream import BUFFER, DocumentStream
 from truetune.recipe import Recipe
 from truetune.train.config import SFTConfig
 
@@ -24,30 +26,43 @@ FEW_STEPS = 50
 
 def prepare_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, console: Console
-) -> tuple[Prepared, Prepared | None]:
+) -> tuple[Prepared | DocumentStream, Prepared | None]:
     """Documents to train on and, where the recipe asks for it, documents to evaluate on. Raises `DataError`."""
     sources = _resolved(recipe.data)
     with console.status("Reading data") as status:
-        rows = read_rows(sources, seed=seed)
+        rows = None if recipe.streaming else read_rows(sources, seed=seed)
         eval_rows = None
-        if isinstance(recipe.eval_data, float):
+        if rows is not None and isinstance(recipe.eval_data, float):
             rows, eval_rows = split_rows(rows, recipe.eval_data, seed)
-        elif recipe.eval_data is not None:
+        elif isinstance(recipe.eval_data, list):
             eval_rows = read_rows(_resolved(recipe.eval_data), seed=seed)
+        eval_data = None if eval_rows is None else _prepared(recipe, tokenizer, eval_rows, status)
+        if rows is None:
+            return DocumentStream(sources, tokenizer, **_settings(recipe)), eval_data
+        return _prepared(recipe, tokenizer, rows, status), eval_data
 
-        def prepared(some: RowSet) -> Prepared:
-            return prepare(
-                sources,
-                tokenizer,
-                supervise=recipe.supervise,
-                max_length=recipe.max_length,
-                overflow=recipe.overflow,
-                seed=seed,
-                rows=some,
-                progress=lambda done, of: status.update(f"Preparing data: {done:,} of {of:,} rows"),
-            )
 
-        return prepared(rows), None if eval_rows is None else prepared(eval_rows)
+def prepare_shown(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Prepared:
+    """The documents to train on, to look at; of a stream, those of its first rows. Raises `DataError`."""
+    if not recipe.streaming:
+        data, _ = prepare_data(recipe, tokenizer, recipe.training["seed"], console)
+        assert isinstance(data, Prepared)
+        return data
+    rows = stream_rows(_resolved(recipe.data)).first(BUFFER)
+    console.print(f"The first {len(rows.rows):,} rows of a stream:")
+    with console.status("Preparing data") as status:
+        return _prepared(recipe, tokenizer, rows, status)
+
+
+def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: RowSet, status: Status) -> Prepared:
+    def show(done: int, of: int) -> None:
+        status.update(f"Preparing data: {done:,} of {of:,} rows")
+
+    return prepare(recipe.data, tokenizer, **_settings(recipe), rows=rows, progress=show)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {"supervise": recipe.supervise, "max_length": recipe.max_length, "overflow": recipe.overflow}
 
 
 def _resolved(sources: Sequence[Source]) -> list[Source]:
@@ -88,26 +103,32 @@ def _content(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do; printed at its start and kept in run.json. `fill`: share of the packs' places in use."""
+    """What a run will do; printed at its start and kept in run.json. `fill`: share of the packs' places in use.
 
-    conversations: int
-    documents: int
-    tokens: int
-    supervised_tokens: int
-    packs: int
-    fill: float
+    Of a stream, only packs a step and steps are known.
+    """
+
+    conversations: int | None
+    documents: int | None
+    tokens: int | None
+    supervised_tokens: int | None
+    packs: int | None
+    fill: float | None
     packs_a_step: int
-    steps_an_epoch: int
+    steps_an_epoch: int | None
     steps: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, data: Prepared, args: SFTConfig) -> Plan:
+def make_plan(recipe: Recipe, data: Prepared | DocumentStream, args: SFTConfig) -> Plan:
     """Counts `data` as `RecipeTrainer` will; at the end of an epoch, what is left is a step of its own."""
-    packs = len(PackSampler(data.lengths, recipe.max_length)) if recipe.packing else len(data.lengths)
     packs_a_micro_batch = args.per_device_train_batch_size * args.world_size
+    packs_a_step = packs_a_micro_batch * args.gradient_accumulation_steps
+    if isinstance(data, DocumentStream):
+        return Plan(None, None, None, None, None, None, packs_a_step, None, args.max_steps)
+    packs = len(PackSampler(data.lengths, recipe.max_length)) if recipe.packing else len(data.lengths)
     steps_an_epoch = math.ceil(math.ceil(packs / packs_a_micro_batch) / args.gradient_accumulation_steps)
     return Plan(
         conversations=data.counts.rows,
@@ -116,20 +137,44 @@ def make_plan(recipe: Recipe, data: Prepared, args: SFTConfig) -> Plan:
         supervised_tokens=data.counts.supervised,
         packs=packs,
         fill=data.counts.tokens / (packs * recipe.max_length) if recipe.packing else 1.0,
-        packs_a_step=packs_a_micro_batch * args.gradient_accumulation_steps,
+        packs_a_step=packs_a_step,
         steps_an_epoch=steps_an_epoch,
         steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch),
     )
 
 
-def print_plan(console: Console, recipe: Recipe, data: Prepared, plan: Plan) -> None:
+def print_plan(console: Console, recipe: Recipe, data: Prepared | DocumentStream, plan: Plan) -> None:
     """What was read, what is trained of it, and how many steps that makes; a warning where they are few."""
     for source, shape in data.shapes.items():
         console.print(f"{source}: {shape}", highlight=False)
-    counts = data.counts
-    share = plan.supervised_tokens / plan.tokens
+    unit = f"packs of {recipe.max_length:,} tokens" if recipe.packing else "documents, not packed"
+    if isinstance(data, DocumentStream):
+        console.print(
+            f"Streamed: conversations, packs and their fill are unknown before they are read\n{unit}; "
+            f"{plan.packs_a_step} a step: {plan.steps:,} steps in all"
+        )
+        longer = "training.max_steps"
+    else:
+        print_counts(console, data.counts)
+        filled = f", {plan.fill:.1%} full" if recipe.packing else ""
+        console.print(
+            f"{plan.packs:,} {unit}{filled}; {plan.packs_a_step} a step: {plan.steps_an_epoch:,} steps an epoch, "
+            f"{plan.steps:,} in all"
+        )
+        longer = "training.num_train_epochs"
+    if plan.steps < FEW_STEPS:
+        console.print(
+            f"[yellow]Warning: {plan.steps} steps are few to learn from, because packing turns hundreds of chats into "
+            f"tens of steps. Train longer ({longer}), put fewer packs into a step "
+            "(training.per_device_train_batch_size=1 training.gradient_accumulation_steps=1), or give more data."
+        )
+
+
+def print_counts(console: Console, counts: Counts) -> None:
+    """What is trained of the rows, and what became of the others."""
+    share = counts.supervised / counts.tokens
     console.print(
-        f"{plan.conversations:,} conversations -> {plan.documents:,} documents of {plan.tokens:,} tokens, "
+        f"{counts.rows:,} conversations -> {counts.documents:,} documents of {counts.tokens:,} tokens, "
         f"{share:.1%} of them supervised"
     )
     notes = {
@@ -141,15 +186,3 @@ def print_plan(console: Console, recipe: Recipe, data: Prepared, plan: Plan) -> 
     for note, count in notes.items():
         if count:
             console.print(f"  {count:,} {note}")
-    filled = f"packs of {recipe.max_length:,} tokens, {plan.fill:.1%} full"
-    unit = filled if recipe.packing else "documents, not packed"
-    console.print(
-        f"{plan.packs:,} {unit}; {plan.packs_a_step} a step: {plan.steps_an_epoch:,} steps an epoch, "
-        f"{plan.steps:,} in all"
-    )
-    if plan.steps < FEW_STEPS:
-        console.print(
-            f"[yellow]Warning: {plan.steps} steps are few to learn from, because packing turns hundreds of chats into "
-            "tens of steps. Train longer (training.num_train_epochs), put fewer packs into a step "
-            "(training.per_device_train_batch_size=1 training.gradient_accumulation_steps=1), or give more data."
-        )

@@ -144,9 +144,15 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, new_ids: Sequence[int]) -> 
         config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
         if new_ids:
             config.trainable_token_indices = _with_new_rows(model, config, new_ids)
+        names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         adapted = get_peft_model(model, config, revision=None if recipe.revision == "main" else recipe.revision)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, ImportError) as error:
         raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
+    for field in ("target_modules", "modules_to_save", "target_parameters"):
+        asked = recipe.lora.get(field)
+        for part in asked if isinstance(asked, list) else ():
+            if not any(name == part or name.endswith(f".{part}") for name in names):  # PEFT leaves it out in silence
+                raise TrainError(f"lora.{field} names {part}, which the model does not have: correct or remove it.")
     return _trained_in_fp32(adapted)
 
 

@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import snapshot_download
 
 from truetune.data.packing import PackSampler
-from truetune.data.prepare import Prepared
+from truetune.data.prepare import Counts, Prepared
+from truetune.data.stream import DocumentStream
 from truetune.recipe import Recipe
 from truetune.run_model import model_path
 from truetune.run_output import checkpoint_step
@@ -36,11 +37,19 @@ WEIGHTS_HASH_METHOD = (
 
 
 def new_record(
-    recipe: Recipe, trainer: RecipeTrainer, plan: Mapping[str, Any], data: Prepared, eval_data: Prepared | None
+    recipe: Recipe,
+    trainer: RecipeTrainer,
+    plan: Mapping[str, Any],
+    data: Prepared | DocumentStream,
+    eval_data: Prepared | None,
 ) -> dict[str, Any]:
     """run.json as far as it is known before the first step."""
     args = trainer.args
-    packs = PackSampler(data.lengths, recipe.max_length, args.data_seed or args.seed) if recipe.packing else None
+    data_hash = packs = None
+    if isinstance(data, Prepared):
+        data_hash = documents_hash(data.documents)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        packs = PackSampler(data.lengths, recipe.max_length, seed) if recipe.packing else None
     adapter = recipe.adapter if recipe.adapter is not None and os.path.isdir(recipe.adapter) else None
     return {
         "status": "running",
@@ -59,7 +68,7 @@ def new_record(
             "weights": weights_hash(_checkpoint_directory(recipe)),
             "weights_method": WEIGHTS_HASH_METHOD,
             "adapter": adapter and weights_hash(Path(adapter)),
-            "data": documents_hash(data.documents),
+            "data": data_hash,
             "eval_data": eval_data and documents_hash(eval_data.documents),
             "pack_order": packs and packs_hash(packs),
         },
@@ -98,11 +107,12 @@ def _same_part(part: Mapping[str, Any]) -> dict[str, Any]:
 def finished(
     record: dict[str, Any],
     trainer: RecipeTrainer,
+    counts: Counts,
     train_metrics: Mapping[str, float],
     last: Mapping[str, Mapping[str, Any]],
     interrupted: bool,
 ) -> dict[str, Any]:
-    """run.json at the end: what the steps came to, and what the report counted while they ran."""
+    """run.json at the end: what the steps came to, and what the report and a stream counted while they ran."""
     result = {
         "steps": trainer.state.global_step,
         "train_loss": train_metrics.get("train_loss"),
@@ -111,7 +121,8 @@ def finished(
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     }
     status = "interrupted" if interrupted else "finished"
-    return {**record, "status": status, "finished": _now(), "report": trainer.report.to_dict(), "result": result}
+    counted = {"data": counts.to_dict(), "report": trainer.report.to_dict()}
+    return {**record, "status": status, "finished": _now(), **counted, "result": result}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,6 +54,12 @@ def test_long_csv_fields_are_read(tmp_path):
     assert len(read_rows([Source(str(tmp_path / "a.csv"))]).rows[0].completion) == 200_000
 
 
+def test_spaces_round_the_names_of_csv_columns_are_no_part_of_them(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt, completion\na, b\n")
+    row = read_rows([Source(str(tmp_path / "a.csv"))]).rows[0]
+    assert (row.prompt, row.completion) == ("a", " b")
+
+
 def test_csv_can_hold_messages_as_json(tmp_path):
     cell = json.dumps(CHAT).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'messages,tools,system\n"{cell}",,\n')
@@ -97,6 +103,7 @@ BAD_FILES = {
     "number.json": (b"3", "number.json:1: the file must hold a list of rows, but it holds a number"),
     "lists.json": (b'{"a": [], "b": []}', "must hold one list of rows, but its object has 2 lists"),
     "double.csv": (b"text,text\na,b\n", "double.csv:1: the header has the column 'text' twice"),
+    "semicolons.csv": (b"question;answer\na;b\n", "semicolons.csv:1: the header is one column, 'question;answer'"),
     "fields.csv": (b'text,id\n"a\nb",1\nc,2,3\n', "fields.csv:4: the row has 3 fields, the header has 2"),
     "quote.csv": (b'text\na\n"b\nc\n', "quote.csv:3: malformed CSV"),
     "bad.parquet": (b"PAR1 and no more", "bad.parquet is no parquet file that can be read"),

@@ -151,6 +151,20 @@ def test_a_stream_is_read_no_further_than_its_buffer_and_packed_full(gsm8k_lengt
     assert fill([None, *packs], gsm8k_lengths, 2048) >= 0.99
 
 
+def test_the_packs_of_a_stream_are_a_pure_function_of_seed_epoch_and_position(gsm8k_lengths):
+    documents = [{"input_ids": range(length), "number": number} for number, length in enumerate(gsm8k_lengths[:500])]
+
+    def numbers(capacity, **draw):
+        return [[document["number"] for document in made] for made in pack_stream(documents, capacity, 64, **draw)]
+
+    for capacity in (2048, None):
+        drawn = {(seed, epoch): numbers(capacity, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)}
+        assert len({str(packs) for packs in drawn.values()}) == 4
+        assert drawn[1, 1] == numbers(capacity, seed=1, epoch=1)
+        assert all(sorted(d for documents in packs for d in documents) == list(range(500)) for packs in drawn.values())
+    assert {len(documents) for documents in drawn[0, 0]} == {1}
+
+
 def test_the_sampler_gives_the_packs_of_its_epoch():
     lengths = [5, 4, 3, 3, 3, 2]
     sampler = PackSampler(lengths, 10, seed=7)

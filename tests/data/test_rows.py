@@ -7,7 +7,7 @@ import pytest
 from source_files import CHAT, error_of, write_jsonl
 
 from truetune.data.errors import DataError
-from truetune.data.rows import Source, iter_rows, read_rows
+from truetune.data.rows import Source, read_rows, stream_rows
 
 
 def test_reading_gsm8k_costs_little_more_than_parsing_its_json(gsm8k_path):
@@ -51,9 +51,11 @@ def test_a_saved_dataset_has_splits(tmp_path):
     assert "no split test: its splits are train" in error_of(Source(str(tmp_path / "one"), split="test"))
 
 
-def test_iter_rows_reads_as_it_goes(tmp_path):
+def test_a_stream_is_read_as_it_goes(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 1}])
-    rows = iter_rows(Source(str(path)))
+    stream = stream_rows([Source(str(path))])
+    assert stream.shapes == {str(path): "text"}
+    rows = stream.rows
     assert next(rows).completion == "a"
     with pytest.raises(DataError, match=r"a\.jsonl:2: `text` is a number"):
         next(rows)
@@ -101,6 +103,37 @@ def test_the_seed_decides_the_sample(tmp_path):
     assert first.rows == again.rows
     assert first.fingerprint == again.fingerprint
     assert first.fingerprint != other.fingerprint
+
+
+def test_a_stream_takes_from_its_sources_in_turn_by_weight(tmp_path):
+    paths = counted(tmp_path, a=100, b=1000, c=60)
+    sources = [Source(paths["a"], weight=0.5), Source(paths["b"], weight=0.3), Source(paths["c"], weight=0.2)]
+    names = [row.completion[0] for row in stream_rows(sources).rows]
+    assert {name: names.count(name) for name in "abc"} == {"a": 100, "b": 60, "c": 40}
+    for start in range(0, 200, 10):
+        assert [names[start : start + 10].count(name) for name in "abc"] == [5, 3, 2]
+    equal = [row.completion for row in stream_rows([Source(paths["c"]), Source(paths["a"])]).rows]
+    assert equal[:4] == ["c0", "a0", "c1", "a1"] and equal[-1] == "a99" and len(set(equal)) == 160
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    """Datasets' own streaming, of a file in the Hub's place, for tests have no network."""
+    import datasets
+
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    load_dataset = datasets.load_dataset
+
+    def load_file(name, configuration, *, split, revision, streaming):
+        assert (name, configuration, split, revision) == ("owner/name", "en", "test", "v1")
+        return load_dataset("json", data_files={"test": str(path)}, split="test", streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_file)
+    source = Source("owner/name", split="test", revision="v1", name="en")
+    rows = stream_rows([source]).rows
+    assert [(row.completion, row.origin) for row in rows] == [("a", "owner/name:1"), ("b", "owner/name:2")]
+    path.write_text('{"text": "a"}\n' * 2000 + '{"text": \n')
+    with pytest.raises(DataError, match=r"owner/name cannot be read on from the Hub: .*JSON"):
+        list(stream_rows([source]).rows)
 
 
 def test_the_same_file_twice_is_two_sources(tmp_path):

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from truetune import demo
+from truetune.data.errors import DataError
 from truetune.demo import data
 from truetune.demo.build import HELD_OUT_ROWS, TRAIN_ROWS, build_model, train_tokenizer
 from truetune.demo.evaluate import Answer, answer, exact_match, read_questions
@@ -64,6 +65,25 @@ def test_the_model_is_built_once_and_generates(tmp_path):
     assert [given.question for given in answers] == [row["messages"][0]["content"] for row in rows]
     assert exact_match(answers)["all"] == 0.0
     assert answers == answer(model, tokenizer, rows, batch_size=1)
+
+
+def test_a_build_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def press_ctrl_c(count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "make_examples", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        demo.resolve_data(demo.BUILTIN)
+    assert list((tmp_path / "truetune").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/truetune \(Not a directory\): set XDG_CACHE_HOME"):
+        demo.resolve_data(demo.BUILTIN)
 
 
 def test_exact_match_counts_right_answers_by_task():

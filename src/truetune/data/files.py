@@ -146,7 +146,9 @@ def _csv_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
             if not values:
                 continue
             if not header:
-                header = values
+                header = [name.strip() for name in values]
+                if len(header) == 1 and re.search("[;\t|]", header[0]):
+                    raise DataError(f"{origin}: the header is one column, {header[0]!r}: separate columns by commas")
                 twice = next((name for name in header if header.count(name) > 1), None)
                 if twice is not None:
                     raise DataError(f"{origin}: the header has the column {twice!r} twice: rename one")

@@ -20,7 +20,9 @@ from torch.utils.data import Sampler
 from truetune.data.errors import DataError
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int] | np.ndarray, capacity: int, *, seed: int = 0, epoch: int | tuple[int, ...] = 0
+) -> list[list[int]]:
     """Packs of document indexes: every document once, at most `capacity` tokens each; a pure function.
 
     A million documents take one or two seconds. Raises DataError for a length of 0 or over `capacity`.
@@ -43,7 +45,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, seed: int = 0, e
 
     # Sorting by a bit generator's raw numbers: their stream never changes between NumPy versions, unlike a Generator's
     # permutation (NEP 19), so that a run resumed after an upgrade sees the packs that it began with.
-    random = np.random.PCG64([seed, epoch])
+    random = np.random.PCG64([seed, *np.atleast_1d(epoch)])
     document_by_length = np.lexsort((random.random_raw(len(slots)), lengths_D))
     document_of_slot = np.empty(len(slots), np.int64)
     document_of_slot[np.argsort(slots, kind="stable")] = document_by_length
@@ -98,10 +100,13 @@ def _shapes(lengths_D: np.ndarray, capacity: int) -> Iterator[tuple[list[int], i
         yield shape, 1 + again
 
 
-def pack_stream(documents: Iterable[Any], capacity: int, buffer: int, *, seed: int = 0) -> Iterator[list[Any]]:
+def pack_stream(
+    documents: Iterable[Any], capacity: int | None, buffer: int, *, seed: int = 0, epoch: int = 0
+) -> Iterator[list[Any]]:
     """Packs of documents (mappings with `input_ids`) from a stream, out of the next `buffer` documents at a time.
 
-    The emptiest pack waits for the next documents. Raises DataError as `pack` does.
+    The emptiest pack waits for the next documents. A pure function, of which seed and epoch decide what they decide in
+    `pack`; without a capacity every document is a pack. Raises DataError as `pack` does.
     """
     if buffer < 1:
         raise DataError(f"a packing buffer holds at least one document, not {buffer}")
@@ -110,8 +115,8 @@ def pack_stream(documents: Iterable[Any], capacity: int, buffer: int, *, seed: i
     refill = 0
     while fresh := list(islice(stream, buffer)):
         held = waiting + fresh
-        lengths = [len(document["input_ids"]) for document in held]
-        packs = pack(lengths, capacity, seed=seed, epoch=refill)
+        lengths = [1 if capacity is None else len(document["input_ids"]) for document in held]
+        packs = pack(lengths, capacity or 1, seed=seed, epoch=(epoch, refill))
         emptiest = packs.pop(min(range(len(packs)), key=lambda i: sum(lengths[d] for d in packs[i])))
         waiting = [held[d] for d in emptiest]
         yield from ([held[d] for d in indexes] for indexes in packs)

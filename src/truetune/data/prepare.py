@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from truetune.data.chat import Document, Encoder
+from truetune.data.chat import COUNTS, Document, Encoder
 from truetune.data.errors import DataError
 from truetune.data.rows import Row, RowSet, Source, read_rows
 
@@ -32,7 +32,7 @@ Supervise = Literal["responses", "last_response", "all"]
 Overflow = Literal["truncate", "split"]
 
 IGNORE_INDEX = -100
-_ROWS_A_BATCH = 512
+ROWS_A_BATCH = 512
 _ROWS_A_PROCESS = 2000
 _COUNTS = b"truetune_counts"
 _CHECKSUM_BYTES = 4
@@ -78,7 +78,7 @@ class Prepared:
     from_cache: bool
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """The trained documents of some rows. cut_off: of documents that lost all supervision to max_length, the row, the
     tokens up to the first supervised one, and all tokens."""
 
@@ -110,8 +110,7 @@ def prepare(
     cached in `cache_dir` (truetune/ in the Datasets cache), keyed by the rows, the encoder, the settings and the code.
     Raises DataError for unusable sources, and where no document is left.
     """
-    if max_length is not None and max_length < 2:
-        raise DataError(f"max_length is {max_length}, but a document of fewer than 2 tokens has nothing to predict")
+    check_max_length(max_length)
     if rows is None:
         rows = read_rows(sources, seed=seed)
     if not rows.rows:
@@ -124,16 +123,16 @@ def prepare(
     counts = _cached_counts(path)
     from_cache = counts is not None
     if counts is None:
-        work = partial(_prepare_batch, encoder, rows.rows, max_length, overflow)
-        batches: list[_Batch] = []
+        work = partial(_prepare_part, encoder, rows.rows, max_length, overflow)
+        batches: list[Batch] = []
         for batch in _batches(work, len(rows.rows), num_proc or _num_proc(len(rows.rows))):
             batches.append(batch)
             if progress is not None:
-                progress(min(len(batches) * _ROWS_A_BATCH, len(rows.rows)), len(rows.rows))
-        counts = _total(batch.counts for batch in batches)
+                progress(min(len(batches) * ROWS_A_BATCH, len(rows.rows)), len(rows.rows))
+        counts = total(batch.counts for batch in batches)
         if not counts.documents:
             cut_off = [lost for batch in batches for lost in batch.cut_off]
-            raise DataError(_why_nothing_is_left(counts.rows, cut_off, supervise, max_length))
+            raise DataError(why_nothing_is_left(counts, cut_off, supervise, max_length))
         table = pa.concat_tables(batch.documents for batch in batches)
         counts.lengths = _histogram(_lengths(table))
         _write(path, table, counts)
@@ -141,9 +140,14 @@ def prepare(
     return Prepared(documents, _lengths(documents.data.table), counts, rows.shapes, fingerprint, from_cache)
 
 
-def _batches(work: Callable[[int], _Batch], num_rows: int, num_proc: int) -> Iterator[_Batch]:
+def check_max_length(max_length: int | None) -> None:
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length is {max_length}, but a document of fewer than 2 tokens has nothing to predict")
+
+
+def _batches(work: Callable[[int], Batch], num_rows: int, num_proc: int) -> Iterator[Batch]:
     """The batches of rows in their order, made by this process or by `num_proc` others."""
-    first_rows = range(0, num_rows, _ROWS_A_BATCH)
+    first_rows = range(0, num_rows, ROWS_A_BATCH)
     if num_proc == 1:
         yield from map(work, first_rows)
         return
@@ -151,17 +155,17 @@ def _batches(work: Callable[[int], _Batch], num_rows: int, num_proc: int) -> Ite
         yield from pool.map(_in_worker, first_rows)
 
 
-_work: Callable[[int], _Batch]  # of a worker process
+_work: Callable[[int], Batch]  # of a worker process
 
 
-def _start_worker(work: Callable[[int], _Batch]) -> None:
+def _start_worker(work: Callable[[int], Batch]) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads do not live on in a forked process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def _in_worker(first_row: int) -> _Batch:
+def _in_worker(first_row: int) -> Batch:
     return _work(first_row)
 
 
@@ -171,11 +175,16 @@ def _num_proc(num_rows: int) -> int:
     return max(1, min(cores, num_rows // _ROWS_A_PROCESS))
 
 
-def _prepare_batch(
+def _prepare_part(
     encoder: Encoder, rows: Sequence[Row], max_length: int | None, overflow: Overflow, first_row: int
-) -> _Batch:
-    """Encodes rows, cuts their documents, and drops those without a supervised token."""
-    rows = rows[first_row : first_row + _ROWS_A_BATCH]
+) -> Batch:
+    return prepare_batch(encoder, rows[first_row : first_row + ROWS_A_BATCH], max_length, overflow, first_row)
+
+
+def prepare_batch(
+    encoder: Encoder, rows: Sequence[Row], max_length: int | None, overflow: Overflow, first_row: int
+) -> Batch:
+    """Encodes rows, of which the first is number `first_row`, cuts their documents, and drops the unsupervised."""
     documents, encoder_counts = encoder.encode(rows, first_row)
     counts = Counts(rows=len(rows), encoder=dict(encoder_counts))
     dropped: Counter[str] = Counter()
@@ -202,10 +211,10 @@ def _prepare_batch(
     counts.documents = len(trained)
     counts.tokens = sum(len(document.input_ids) for document in trained)
     counts.supervised = sum(map(_num_supervised, trained))
-    return _Batch(_table(trained), counts, cut_off)
+    return Batch(_table(trained), counts, cut_off)
 
 
-def _total(parts: Iterable[Counts]) -> Counts:
+def total(parts: Iterable[Counts]) -> Counts:
     total = Counts(rows=0)
     for part in parts:
         for name, value in vars(part).items():
@@ -260,13 +269,16 @@ def _histogram(lengths: np.ndarray) -> dict[str, int]:
     return {f"{i * width + 1}-{(i + 1) * width}": count for i, count in enumerate(counts)}
 
 
-def _why_nothing_is_left(
-    num_rows: int, cut_off: Sequence[tuple[int, int, int]], supervise: Supervise, max_length: int | None
+def why_nothing_is_left(
+    counts: Counts, cut_off: Sequence[tuple[int, int, int]], supervise: Supervise, max_length: int | None
 ) -> str:
+    """A sentence about `counts` of rows that have no document left, of which `cut_off` had supervised tokens."""
+    num_rows = counts.rows
     if not cut_off:
+        notes = "; ".join(f"{count} {COUNTS[name]}" for name, count in counts.encoder.items())
         return (
             f"none of the {num_rows} rows has a token to learn from with supervise: {supervise}; a row needs an "
-            "assistant turn or a completion that is not empty"
+            f"assistant turn or a completion that is not empty{f' ({notes})' if notes else ''}"
         )
     lost = len({row for row, _, _ in cut_off})
     first = min(up_to_first for _, up_to_first, _ in cut_off)

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,9 @@ def read_rows(sources: Sequence[Source], *, seed: int = 42) -> RowSet:
 
     Raises `DataError`, naming file and line where there is one, for whatever cannot be read or fits no shape.
     """
-    if not sources:
-        raise DataError("no data was given: name a file, a directory or a Hub data set")
     shapes: dict[str, str] = {}
     read: dict[str, list[Row]] = {}
-    times: Counter[str] = Counter()
-    for source in sources:
-        times[source.path] += 1
-        label = source.path if times[source.path] == 1 else f"{source.path} ({times[source.path]})"
+    for label, source in _labelled(sources):
         shape, rows = _recognised(source)
         shapes[label], read[label] = shape.name, list(rows)
 
@@ -95,16 +90,61 @@ def read_rows(sources: Sequence[Source], *, seed: int = 42) -> RowSet:
     return RowSet(sampled, shapes, taken, _fingerprint(sampled))
 
 
-def iter_rows(source: Source) -> Iterator[Row]:
-    """The rows of one source, read as they are asked for. Raises as `read_rows`."""
-    return _recognised(source)[1]
+@dataclass
+class RowStream:
+    """`rows`: read as they are asked for; `shapes`: as those of a `RowSet`."""
+
+    rows: Iterator[Row]
+    shapes: dict[str, str]
+
+    def first(self, count: int) -> RowSet:
+        """The next `count` rows, to look at."""
+        rows = list(islice(self.rows, count))
+        return RowSet(rows, self.shapes, fingerprint=_fingerprint(rows))
 
 
-def _recognised(source: Source) -> tuple[Shape, Iterator[Row]]:
+def stream_rows(sources: Sequence[Source]) -> RowStream:
+    """The rows of all sources, taken from each in proportion to its weight, in the order of each.
+
+    Equal weights give every row. Otherwise the rows end with the first source that ends, so that the shares are those
+    of `read_rows`. Raises as `read_rows`: for a source that cannot be opened at once, for a row as it is read.
+    """
+    opened = [(label, *_recognised(source, streaming=True)) for label, source in _labelled(sources)]
+    rows = _in_turn([rows for _, _, rows in opened], [source.weight for source in sources])
+    return RowStream(rows, {label: shape.name for label, shape, _ in opened})
+
+
+def _in_turn(streams: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[Row]:
+    taken = [0] * len(streams)
+    going = list(range(len(streams)))
+    while going:
+        behind = min(going, key=lambda i: (taken[i] + 1) / weights[i])
+        if (row := next(streams[behind], None)) is not None:
+            taken[behind] += 1
+            yield row
+        elif len(set(weights)) > 1:
+            return
+        else:
+            going.remove(behind)
+
+
+def _labelled(sources: Sequence[Source]) -> list[tuple[str, Source]]:
+    """Each source with its path, numbered where that comes again. Raises `DataError` where there is none."""
+    if not sources:
+        raise DataError("no data was given: name a file, a directory or a Hub data set")
+    times: Counter[str] = Counter()
+    labelled = []
+    for source in sources:
+        times[source.path] += 1
+        labelled.append((source.path if times[source.path] == 1 else f"{source.path} ({times[source.path]})", source))
+    return labelled
+
+
+def _recognised(source: Source, *, streaming: bool = False) -> tuple[Shape, Iterator[Row]]:
     if not (source.weight > 0 and math.isfinite(source.weight)):
         raise DataError(f"the weight of {source.path} is {source.weight}: give a number above 0")
     columns = source.columns or {}
-    raw_rows = _raw_rows(source)
+    raw_rows = _raw_rows(source, streaming)
     first = next(raw_rows, None)
     if first is None:
         raise DataError(f"{source.path} is empty: it holds no rows to train on")
@@ -146,7 +186,7 @@ def _fingerprint(rows: Iterable[Row]) -> str:
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _raw_rows(source: Source) -> Iterator[PlacedRow]:
+def _raw_rows(source: Source, streaming: bool) -> Iterator[PlacedRow]:
     if not source.path:
         raise DataError("the path of the data is empty: name a file, a directory or a Hub data set")
     path = Path(os.path.expanduser(source.path))
@@ -154,7 +194,7 @@ def _raw_rows(source: Source) -> Iterator[PlacedRow]:
         is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
         is_local = path.exists() or any(character in source.path for character in "*?[")
     if not is_local:
-        yield from _hub_rows(source)
+        yield from _hub_rows(source, streaming)
         return
     for option, given in (("revision", source.revision), ("name", source.name)):
         if given:
@@ -197,20 +237,25 @@ def _refuse_several_splits(files: Sequence[Path], path: Path) -> None:
         raise DataError(f"{path} holds files of several splits ({', '.join(splits)}): name the file to read, or a glob")
 
 
-def _hub_rows(source: Source) -> Iterator[PlacedRow]:
+def _hub_rows(source: Source, streaming: bool) -> Iterator[PlacedRow]:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path) or format_of(Path(source.path)):
         raise DataError(f"there is no file or directory {source.path}{_nearest_file(source.path)}")
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        dataset = datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=streaming
+        )
     except Exception as error:  # of many kinds, those of the HTTP client among them
         mend = ", go online or name a file" if isinstance(error, ConnectionError) else ""
         raise DataError(
             f"{source.path} is no file or directory{_nearest_file(source.path)}, "
             f"and it cannot be loaded as a Hub data set: {one_line(error)}{mend}"
         ) from None
-    yield from _dataset_rows(dataset, source.path)
+    try:
+        yield from _dataset_rows(dataset, source.path)
+    except Exception as error:  # of a stream, which is fetched as it is read
+        raise DataError(f"{source.path} cannot be read on from the Hub: {one_line(error)}") from None
 
 
 def _nearest_file(path: str) -> str:

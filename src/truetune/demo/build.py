@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from truetune.data.errors import DataError
 from truetune.demo import data
 
 BUILTIN = "builtin:demo"
@@ -93,12 +93,19 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     code = b"".join(Path(module).read_bytes() for module in (__file__, data.__file__))
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "truetune"
     target = root / f"demo-{name}-{hashlib.sha256(code).hexdigest()[:12]}"
-    if not target.is_dir():
+    if target.is_dir():
+        return target
+    try:
         root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=root))
-        build(beside)
-        try:
-            beside.rename(target)
-        except OSError:  # another process was quicker
-            shutil.rmtree(beside)
+        with tempfile.TemporaryDirectory(dir=root) as beside:  # gone, too, where an error or Ctrl-C ends the building
+            built = Path(beside) / name
+            built.mkdir()
+            build(built)
+            built.rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was quicker
+            raise DataError(
+                f"{BUILTIN} cannot be kept in {root} ({error.strerror or error}): set XDG_CACHE_HOME to a "
+                "directory that can be written"
+            ) from error
     return target

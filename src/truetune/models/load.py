@@ -184,7 +184,7 @@ def _refuse_pickled_weights(path: Path) -> None:
 def _from_pretrained(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise _model_error(name_or_path, "weights", error) from error

@@ -1,6 +1,7 @@
 """The trainer behind the command line: whole documents in, packs of our own making."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import datasets
@@ -8,7 +9,8 @@ import numpy as np
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from truetune.data.collate import collate_documents
-from truetune.data.packing import PackSampler
+from truetune.data.packing import PackSampler, pack_stream
+from truetune.data.stream import BUFFER
 from truetune.train.trainer import SFTTrainer
 
 
@@ -16,8 +18,9 @@ class RecipeTrainer(SFTTrainer):
     """`SFTTrainer` for data sets of documents (`input_ids` and `labels`, none longer than `args.max_length`).
 
     `per_device_train_batch_size` counts packs of at most `args.max_length` tokens, or documents with `pack=False`.
-    Which documents share a pack is a pure function of lengths, seed and epoch. The evaluation loss is the mean over
-    all supervised tokens, not over batches.
+    Which documents share a pack is a pure function of lengths, seed and epoch. A `datasets.IterableDataset` is packed
+    from a buffer, a pure function of its documents, seed and epoch, and begun again at its end, until `args.max_steps`.
+    The evaluation loss is the mean over all supervised tokens, not over batches.
     """
 
     def __init__(self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, **keywords) -> None:
@@ -34,20 +37,24 @@ class RecipeTrainer(SFTTrainer):
         )
 
     def _report_batches(self) -> None:
-        how = f"packed, best-fit decreasing over the whole data set, {self.args.max_length} tokens"
+        streamed = isinstance(self.train_dataset, datasets.IterableDataset)
+        over = f"buffers of {BUFFER:,} documents" if streamed else "the whole data set"
+        how = f"packed, best-fit decreasing over {over}, {self.args.max_length} tokens"
         self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = self._sampler(
-            self.train_dataset, seed=self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
-        return self._loader(self.train_dataset, sampler, self._train_batch_size)
+        documents, size = self.train_dataset, self._train_batch_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(documents, datasets.IterableDataset):
+            capacity = self.args.max_length if self._pack else None
+            return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, seed), size)
+        return self._packs_loader(documents, self._sampler(documents, seed), size)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
-        return self._loader(dataset, self._sampler(dataset, seed=0), self.args.eval_batch_size)
+        return self._packs_loader(dataset, self._sampler(dataset, seed=0), self.args.eval_batch_size)
 
     def _sampler(self, documents: datasets.Dataset, seed: int) -> Sampler[list[int]]:
         lengths = document_lengths(documents)
@@ -56,11 +63,14 @@ class RecipeTrainer(SFTTrainer):
         assert self.args.max_length is not None
         return PackSampler(lengths, self.args.max_length, seed=seed)
 
-    def _loader(self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int) -> DataLoader:
-        sampler = _EvenPacks(packs, multiple=batch_size * self.accelerator.num_processes)
+    def _packs_loader(self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int) -> DataLoader:
+        even = _EvenPacks(packs, multiple=batch_size * self.accelerator.num_processes)
+        return self._loader(PackedDocuments(documents, len(even)), even, batch_size)
+
+    def _loader(self, dataset: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
         loader: DataLoader = DataLoader(
-            PackedDocuments(documents, len(sampler)),
-            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),  # type: ignore[arg-type]
+            dataset,
+            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
             collate_fn=_collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -94,6 +104,27 @@ class PackedDocuments(Dataset):
         rows = self.documents[list(pack)]
         documents = zip(rows["input_ids"], rows["labels"], strict=True)
         return [{"input_ids": input_ids, "labels": labels} for input_ids, labels in documents]
+
+
+class _StreamedPacks(Sampler[list[dict[str, Any]]]):
+    """The packs of a stream's documents themselves, pass after pass without an end: every rank gets full batches.
+
+    Each rank reads the whole stream and takes its share, so that the packs of a step do not depend on the ranks.
+    """
+
+    def __init__(self, documents: datasets.IterableDataset, capacity: int | None, seed: int) -> None:
+        self.documents, self.capacity, self.seed = documents, capacity, seed
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for epoch in count():
+            yield from pack_stream(self.documents, self.capacity, BUFFER, seed=self.seed, epoch=epoch)
+
+
+class _AsGiven(Dataset):
+    """`dataset[pack]` is the pack."""
+
+    def __getitem__(self, pack: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return pack
 
 
 class _Singles(Sampler[list[int]]):
