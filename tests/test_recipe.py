@@ -390,7 +390,6 @@ def test_the_words_of_other_tools_lead_to_keys_that_exist():
         ("data.2.path=x", "up to 1"),
         ("model.x=1", "no parts"),
         ("lora.r=[", "is not YAML"),
-        ("precision=fp8", "bf16"),
         ("adapter=lora", "`method: lora`"),
         ("noequals", "KEY=VALUE"),
         ("=1", "KEY=VALUE"),
@@ -405,6 +404,7 @@ def test_a_value_that_cannot_be_is_an_error_with_the_mend(override, named):
     [
         (["method=qlora", "precision=bf16"], "nf4"),
         (["method=full", "precision=nf4"], "`method: qlora`"),
+        (["method=full", "precision=fp8"], "frozen"),
         (["method=full", "lora.r=8"], "`lora.r`"),
         (["method=full", "adapter=runs/a"], "`adapter`"),
         (["adapter=runs/a", "lora.r=8"], "`lora.r`"),

@@ -232,8 +232,8 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(
                 f"`{lora_set[0]}` comes from the adapter {recipe.adapter} itself: remove it or `adapter`."
             )
-    if recipe.precision == "fp8":
-        raise RecipeError("`precision: fp8` is not in this version: use bf16, or `method: qlora` for less memory.")
+    if recipe.method == "full" and recipe.precision == "fp8":
+        raise RecipeError("weights in FP8 are frozen: use `method: lora`, or another `precision`.")
     if recipe.method == "qlora" and recipe.precision != "nf4":
         raise RecipeError(
             f"`method: qlora` has weights in nf4, not {recipe.precision}: remove `precision`, or use `method: lora`."

@@ -1,13 +1,18 @@
 """Fused layers compute what Transformers' layers compute: losses and all gradients, for every row of `families.py`."""
 
 import copy
+import importlib
+import types
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from truetune.models.attention import use_varlen_attention
+from truetune.models.families import FAMILIES
 from truetune.models.fp8 import replace_linears_with_fp8
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
@@ -193,3 +198,164 @@ def test_no_policy_changes_a_bit(model_type, trained):
     for other in runs[1:]:
         assert torch.equal(other[0], runs[0][0])
         assert all(torch.equal(other[1][name], gradient) for name, gradient in runs[0][1].items())
+
+
+def assert_fused_equals_unfused(model, inputs, fused_layers_expected=SIZES["num_hidden_layers"]):
+    """Whatever the layers are just now: the same logits and gradients fused and not."""
+    unfuse(model)
+    plain = loss_and_gradients(model, inputs)
+    report = fuse(model)
+    assert sum(report.fused.values()) == fused_layers_expected
+    assert errors(loss_and_gradients(model, inputs), plain).max() < 2e-5
+    return report
+
+
+def test_the_state_of_the_adapter_is_read_at_every_call():
+    model = with_lora(make("qwen3"))
+    inputs = packed_batch()
+    fuse(model)
+
+    def logits():
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    adapted = logits()
+    with model.disable_adapter():
+        base = logits()
+    assert (adapted - base).abs().max() > 1e-2
+    model.merge_adapter()
+    assert torch.allclose(logits(), adapted, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(), adapted, atol=1e-4)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 0.0)
+    assert torch.allclose(logits(), base, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_dora": True}, "left to PEFT"),
+        ({"lora_dropout": 0.5}, "dropout"),
+        ({"lora_bias": True}, "bias"),
+        ({"use_rslora": True}, None),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}, None),
+        ({"target_modules": ["q_proj", "down_proj"]}, None),
+        ({"modules_to_save": ["input_layernorm"], "target_modules": ["q_proj"]}, "input_layernorm"),
+        ({"modules_to_save": ["k_proj"], "target_modules": ["q_proj"]}, "ModulesToSaveWrapper"),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_is_fused_or_left_to_peft(changes, reason):
+    model = with_lora(make("llama"), **changes)
+    inputs = packed_batch()
+    if "lora_dropout" in changes:
+        model.eval()  # nothing drops out, so all of it is fused
+        assert not assert_fused_equals_unfused(model, inputs).left
+        model.train()
+        assert any(reason in why for why in fuse(model).left)
+        torch.manual_seed(0)
+        fused = model(**inputs).logits
+        unfuse(model)
+        torch.manual_seed(0)
+        assert torch.allclose(model(**inputs).logits, fused, atol=1e-5)
+        return
+    report = assert_fused_equals_unfused(model, inputs)
+    assert any(reason in why for why in report.left) if reason else not report.left
+
+
+def test_several_adapters_are_left_to_peft_and_one_of_them_is_not():
+    model = with_lora(make("llama"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter("second")
+    inputs = packed_batch()
+    assert not assert_fused_equals_unfused(model, inputs).left
+    model.base_model.set_adapter(["default", "second"])
+    assert any("several adapters" in why for why in assert_fused_equals_unfused(model, inputs).left)
+
+
+def test_hooks_and_replaced_forwards_are_kept():
+    model = make("llama")
+    inputs = packed_batch()
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    attention = model.model.layers[0].self_attn
+    attention.forward = types.MethodType(type(attention).forward, attention)
+    report = assert_fused_equals_unfused(model, inputs)
+    assert len(seen) == 2 and len(report.left) == 2
+    # Hooks that Transformers leaves behind when hidden states were asked for are not the user's.
+    model(**inputs, output_hidden_states=True)
+    assert len(fuse(model).left) == 2
+
+
+def test_a_copy_of_a_fused_model_computes_with_its_own_parameters():
+    model = with_lora(make("qwen3"))
+    fuse(model)
+    inputs = packed_batch()
+    copied = copy.deepcopy(model)
+    before = model(**inputs).logits
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(model(**inputs).logits, before)
+    assert not copied(**inputs).logits.any()
+
+
+def test_generation_with_a_cache_is_the_same_fused_and_not():
+    model = make("qwen3").eval()
+    prompt = torch.randint(3, 199, (2, 7))
+    settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    plain = model.generate(prompt, **settings)
+    fuse(model)
+    assert torch.equal(model.generate(prompt, **settings), plain)
+
+
+def test_the_text_tower_of_a_vision_model_is_fused():
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=SIZES | MODELS["gemma3_text"],
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(config).float()
+    inputs = {"input_ids": torch.randint(3, 199, (1, 12)), "use_cache": False}
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        assert sum(fuse(model).fused.values()) == SIZES["num_hidden_layers"]
+        assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
+
+
+def test_what_is_not_known_is_left_as_it_is_and_named():
+    config = AutoConfig.for_model("cohere", **SIZES)
+    model = AutoModelForCausalLM.from_config(config)
+    report = fuse(model)
+    assert not report.fused and report.reasons == ["3 times CohereDecoderLayer is not an architecture that is fused"]
+
+    class PatchedMLP(LlamaMLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make("llama")
+    model.model.layers[0].mlp.__class__ = PatchedMLP
+    report = assert_fused_equals_unfused(model, packed_batch())
+    assert report.reasons == ["MLP of LlamaDecoderLayer: it is a PatchedMLP"]
+
+
+def test_a_second_backward_pass_is_refused():
+    model = make("llama")
+    fuse(model)
+    loss = model(**packed_batch()).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run forward again"):
+        loss.backward()
+
+
+def test_every_family_names_classes_that_transformers_has():
+    for path, family in FAMILIES.items():
+        module = importlib.import_module(path.rpartition(".")[0])
+        for part in ("DecoderLayer", "Attention", "RMSNorm", "MLP"):
+            assert hasattr(module, family.class_path(part).rpartition(".")[2])

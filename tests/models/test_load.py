@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from truetune.models.attention import ATTENTION_NAME
 from truetune.models.errors import ModelError
+from truetune.models.fp8 import Fp8Linear
 from truetune.models.load import DTYPES, check_model, load_model, load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,10 +114,16 @@ def test_a_quantized_checkpoint_loads_as_it_is(checkpoint, tmp_path):
             check_model(tmp_path, precision=precision)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int3"])
-def test_an_unknown_precision_is_an_error(checkpoint, precision):
-    with pytest.raises(ModelError, match="fast path" if precision == "fp8" else "use one of auto, bf16"):
-        load_model(checkpoint, precision)
+def test_an_unknown_precision_is_an_error(checkpoint):
+    with pytest.raises(ModelError, match="use one of auto, bf16"):
+        load_model(checkpoint, "int3")
+
+
+def test_fp8_replaces_the_linears_of_the_layers(checkpoint):
+    model = load_model(checkpoint, "fp8")
+    assert type(model.model.layers[0].mlp.up_proj) is Fp8Linear
+    assert type(model.lm_head) is torch.nn.Linear
+    assert torch.isfinite(model(**packed_batch()).logits).all()
 
 
 def test_what_precision_decides_cannot_be_given_beside_it(checkpoint):

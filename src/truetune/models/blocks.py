@@ -109,8 +109,8 @@ class _ProjectQkv(torch.autograd.Function):
         q, k = (x.unflatten(-1, (-1, block.head_dim)) for x in (q_TN, k_TN))
         normed: tuple[Tensor | None, ...] = (None, None)  # q and k as they come out of their projections
         if block.norm_rows and block.q_norm is not None and block.k_norm is not None:
-            q_TN, q_rstd, _ = block.q_norm.forward(q_TN, block.dtype)
-            k_TN, k_rstd, _ = block.k_norm.forward(k_TN, block.dtype)
+            q_TN, q_rstd = block.q_norm.forward(q_TN, block.dtype)[:2]
+            k_TN, k_rstd = block.k_norm.forward(k_TN, block.dtype)[:2]
             normed = (q.flatten(1), k.flatten(1))
             q, k = (x.unflatten(-1, (-1, block.head_dim)) for x in (q_TN, k_TN))
         elif block.q_norm is not None:

@@ -122,6 +122,7 @@ def _why_not_layer(layer: Any, family: Family) -> str | None:
         return f"its attention is a {type(layer.self_attn).__name__}"
     for name in _norm_names(layer, family):
         norm = layer.get_submodule(name)
+        norm = getattr(norm, "original_module", norm)  # wrapped by PEFT to be trained, which `_read_norm` looks at
         if class_path(norm) != family.class_path("RMSNorm"):
             return f"its {name} is a {type(norm).__name__}"
     if any(
