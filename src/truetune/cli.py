@@ -1,6 +1,7 @@
 """The commands. No logic: each reads its options, and imports what it needs when it runs, so that --help is quick."""
 
 import json
+import logging
 import re
 import sys
 import warnings
@@ -109,6 +110,7 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is in effect on it."""
+    _quiet_libraries()
     from truetune import doctor
 
     found = doctor.gather()
@@ -132,7 +134,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Where the result goes.")] = "runs/demo",
 ) -> None:
     """Do the whole job on the built-in model and data."""
-    _hide_deprecations()
+    _quiet_libraries()
     from truetune.run_demo import run_demo
 
     run_demo(output)
@@ -154,7 +156,7 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
     from truetune.recipe import load_recipe
 
-    _hide_deprecations()
+    _quiet_libraries()
     overrides = list(changes or [])
     path = None
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
@@ -162,9 +164,11 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     return load_recipe(path, overrides, flags)
 
 
-def _hide_deprecations() -> None:
-    """Those between the libraries below are not the user's to mend."""
+def _quiet_libraries() -> None:
+    """Hides what is not the user's to mend."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
+    # On CPUs with AVX512-BF16 it asks at import for a kernel of inference that `keep_4bit_layout` keeps from running.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

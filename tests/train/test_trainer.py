@@ -8,7 +8,13 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 import truetune
 from truetune.train import trainer as trainer_module
@@ -415,6 +421,22 @@ def test_adapters_of_a_bf16_model_stay_fp32_and_activations_stay_bf16(tokenizer)
     model(input_ids=torch.arange(5)[None])
     assert seen == {torch.bfloat16}
     assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
+def test_qlora_trains_on_after_an_evaluation_on_every_cpu(make, tokenizer, data, tmp_path, monkeypatch):
+    """On CPUs with AVX512-BF16 bitsandbytes would repack the weights, and most adapters would get no gradient."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    llama(tokenizer, hidden_size=64).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    curves = []
+    for fields in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
+        torch.manual_seed(0)
+        peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        trainer = make({"max_steps": 4, **fields}, model=model, peft=peft, eval_dataset=data.select(range(2)))
+        trainer.train()
+        curves.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
 
 
 def test_a_second_trainer_on_the_same_model_trains_and_generates(make, tokenizer):

@@ -20,6 +20,7 @@ from truetune.data.collate import UnpaddingCollator, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.head import bind_fused_loss
+from truetune.models.load import keep_4bit_layout
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -52,6 +53,7 @@ class SFTTrainer(trl.SFTTrainer):
             self._refuse_own_settings()
             return
         self._ours = True
+        keep_4bit_layout(self.model)
         self._unpadding_off = _why_not_unpad(self)
         self._set_attention()
         self._set_adapters(trained_before)
