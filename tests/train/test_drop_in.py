@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import trl
 from pairs import assert_same_metrics, llama, losses, train_alike
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import truetune
 
 BATCHES = {
     "padded": {},
@@ -104,6 +107,29 @@ def test_fp32_weights_under_bf16_autocast_lose_no_more_than_in_trl(make, tokeniz
     assert ours.report.fused_losses == ours.report.packed_batches == 16
 
 
+@pytest.mark.parametrize("calls_ours", [True, False])
+def test_a_subclass_with_its_own_loss_trains_as_under_trls(tokenizer, data, tmp_path, calls_ours):
+    curves = []
+    for library in (truetune, trl):
+
+        class WithOwnLoss(library.SFTTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                if calls_ours:
+                    return 0.5 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                labels = inputs.pop("labels")
+                logits = model(**inputs).logits[:, :-1]
+                return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+        args = library.SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, max_length=96, logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+        )  # fmt: skip
+        trainer = WithOwnLoss(llama(tokenizer), args, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        curves.append(losses(trainer))
+    assert len(curves[0]) == 2 and curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
 # -- checkpoints
 
 
@@ -134,6 +160,24 @@ def test_a_checkpoint_of_trls_is_gone_on_from(make, tmp_path):
     theirs.train()
     ours.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+
+
+def test_the_best_checkpoint_is_found_and_loaded_as_in_trl(make, data, tmp_path):
+    fields = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "learning_rate": 2e-3,
+    }
+    ours, theirs = make(fields, both=True, eval_dataset=data.select(range(5)))
+    train_alike(ours, theirs)
+    assert ours.state.best_global_step == theirs.state.best_global_step
+    assert_same_metrics(ours.evaluate(), theirs.evaluate())
+    assert ours.evaluate()["eval_loss"] == pytest.approx(ours.state.best_metric, rel=1e-6)
 
 
 # -- adapters
