@@ -110,7 +110,7 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is in effect on it."""
-    _hide_warnings()
+    _quiet_libraries()
     from truetune import doctor
 
     found = doctor.gather()
@@ -134,7 +134,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Where the result goes.")] = "runs/demo",
 ) -> None:
     """Do the whole job on the built-in model and data."""
-    _hide_warnings()
+    _quiet_libraries()
     from truetune.run_demo import run_demo
 
     run_demo(output)
@@ -156,7 +156,7 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
     from truetune.recipe import load_recipe
 
-    _hide_warnings()
+    _quiet_libraries()
     overrides = list(changes or [])
     path = None
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
@@ -164,10 +164,11 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     return load_recipe(path, overrides, flags)
 
 
-def _hide_warnings() -> None:
-    """Those between the libraries below, and bitsandbytes' wish for a faster kernel on a CPU, are not the user's."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def _quiet_libraries() -> None:
+    """Hides what is not the user's to mend."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|accelerate")
+    # On CPUs with AVX512-BF16 it asks at import for a kernel of inference that `keep_4bit_layout` keeps from running.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,22 @@ def test_documents_are_laid_back_to_back_and_their_first_token_is_no_target():
     assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
     assert batch["loss_rows"].tolist() == [1, 3]
     assert batch["loss_rows"].dtype == torch.int64
+
+
+def test_lists_tensors_and_arrays_that_cannot_be_written_to_give_the_same_batch(recwarn):
+    lists = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    expected = collate_documents(lists)
+    frozen = [{key: np.array(values) for key, values in document.items()} for document in lists]
+    for document in frozen:
+        for array in document.values():
+            array.flags.writeable = False
+    tensors = [{key: torch.tensor(values, dtype=torch.int32) for key, values in document.items()} for document in lists]
+    for documents in (frozen, tensors):
+        batch = collate_documents(documents)
+        batch["input_ids"].add_(0)  # memory of its own
+        for key in ("input_ids", "labels"):
+            assert batch[key].dtype == torch.int64 and torch.equal(batch[key], expected[key])
+    assert not recwarn.list
 
 
 def test_no_documents_give_a_batch_that_adds_nothing():

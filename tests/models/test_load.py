@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from truetune.models.attention import ATTENTION_NAME
 from truetune.models.errors import ModelError
 from truetune.models.fp8 import Fp8Linear
-from truetune.models.load import DTYPES, check_model, load_model, load_tokenizer
+from truetune.models.load import DTYPES, check_model, keep_4bit_layout, load_model, load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -97,6 +97,39 @@ def test_an_adapter_learns_on_nf4_weights(checkpoint):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.fixture
+def repacking_cpu(monkeypatch):
+    """What bitsandbytes does on a CPU with AVX512-BF16, on any CPU."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+
+def test_an_evaluation_leaves_nf4_weights_trainable_on_every_cpu(checkpoint, repacking_cpu):
+    model = get_peft_model(load_model(checkpoint, "nf4"), LoraConfig(r=4, target_modules="all-linear"))
+    batch = packed_batch()
+
+    def gradients():
+        model.train()
+        model(**batch).logits.square().sum().backward()
+        made = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        model.zero_grad()
+        return made
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    for a, b in zip(before, gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_already_repacked_for_inference_are_refused(checkpoint, repacking_cpu):
+    model = load_model(checkpoint, "nf4")
+    keep_4bit_layout(model)
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks it
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj were repacked .*: load the model anew"):
+        keep_4bit_layout(model)
 
 
 def test_a_quantized_checkpoint_loads_as_it_is(checkpoint, tmp_path):

@@ -54,30 +54,36 @@ def error(value, exact):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_at_most_1_5_times_that_of_plain_pytorch(device, dtype, options, small_chunks):
     V = 1024 if options else 1003  # with and without padding
+    size = {"N": 237, "V": V}
     if backend.FORCE_KERNELS:
-        # The interpreter takes 0.1 s a row. On few rows errors are comparable only where the same logits are rounded:
+        # The interpreter takes 0.03 s a row. On few rows errors are comparable only where the same logits are rounded:
         # the plain path rounds a half-precision bias and its logit together.
-        inputs = make(device, dtype, V=V, with_bias=dtype == torch.float32)
-    else:
-        inputs = make(device, dtype, N=237, V=V)
-    ours = run(linear_cross_entropy, *inputs, return_stats=True, **options)
-    plain = run(reference, *inputs, **options)
-    exact = run(reference, *in_fp64(inputs), **options)
+        size = {"N": 8, "V": V, "with_bias": dtype == torch.float32}
+    ours, plain, exact = [], [], []
+    # A loss in fp32 is a few roundings away from exact: one draw would compare the luck of two sums.
+    for seed in range(16 if dtype == torch.float32 else 2):
+        inputs = make(device, dtype, **size, seed=seed)
+        ours.append(run(linear_cross_entropy, *inputs, return_stats=True, **options))
+        plain.append(run(reference, *inputs, **options))
+        exact.append(run(reference, *in_fp64(inputs), **options))
+
+    def rms_error(results, get):
+        errors = [error(get(result), get(best)) for result, best in zip(results, exact, strict=True)]
+        return torch.tensor(errors).square().mean().sqrt().item()
 
     def check(name, get, floor=3e-7):
-        values = get(ours), get(plain), get(exact)
-        assert error(values[0], values[2]) <= max(1.5 * error(values[1], values[2]), floor), name
+        assert rms_error(ours, get) <= max(1.5 * rms_error(plain, get), floor), name
 
     def row_losses(result):
         nll_K = result[1].nll_K
         return nll_K * (-nll_K).exp() if options.get("loss_type") == "dft" else nll_K
 
     # Errors of the rows may cancel in the plain path's sum and not in ours: those of a row are the measure.
-    check("loss", lambda result: result[0], floor=1.5 * error(row_losses(plain), row_losses(exact)))
+    check("loss", lambda result: result[0], floor=1.5 * rms_error(plain, row_losses))
     check("nll", lambda result: result[1].nll_K)
     check("entropy", lambda result: result[1].entropy_K)
-    assert [grad.dtype for grad in ours[2]] == [dtype] * len(ours[2])
-    for i in range(len(ours[2])):
+    assert [grad.dtype for grad in ours[0][2]] == [dtype] * len(ours[0][2])
+    for i in range(len(ours[0][2])):
         check(f"gradient {i}", lambda result, i=i: result[2][i])
 
 

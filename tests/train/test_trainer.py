@@ -7,93 +7,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from pairs import line, llama, losses
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, LlamaForCausalLM, TrainingArguments
 
 import truetune
 from truetune.train import trainer as trainer_module
 from truetune.train.errors import TrainError
-
-
-def llama(tokenizer, **overrides):
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**config, **overrides}))
-
-
-@pytest.fixture
-def rows(gsm8k_rows):
-    return [row for row in gsm8k_rows if len(row["question"]) + len(row["answer"]) < 300][:24]
-
-
-@pytest.fixture
-def data(rows):
-    return Dataset.from_list([{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in rows])
-
-
-@pytest.fixture
-def chats(rows):
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": row["question"]},
-                    {"role": "assistant", "content": row["answer"]},
-                ]
-            }
-            for row in rows
-        ]
-    )
-
-
-@pytest.fixture
-def make(tokenizer, data, tmp_path):
-    """make(config fields, trainer arguments...) -> (our trainer, stock TRL's), on equal models."""
-
-    def make(fields=None, *, both=False, model=llama, peft=None, **keywords):
-        settings = {
-            "output_dir": str(tmp_path),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "logging_steps": 1,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "max_length": 96,
-            **(fields or {}),
-        }
-        arguments = {"train_dataset": data, "processing_class": tokenizer, **keywords}
-        trainers = []
-        for library in [truetune, trl] if both else [truetune]:
-            made = model(tokenizer) if isinstance(model, types.FunctionType) else model
-            trainers.append(
-                library.SFTTrainer(model=made, args=library.SFTConfig(**settings), peft_config=peft, **arguments)
-            )
-        return trainers if both else trainers[0]
-
-    return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def line(trainer, part):
-    return next(line for line in trainer.report.lines if line.part == part)
-
 
 # -- options of TRL's that keep their meaning
 
@@ -415,6 +335,22 @@ def test_adapters_of_a_bf16_model_stay_fp32_and_activations_stay_bf16(tokenizer)
     model(input_ids=torch.arange(5)[None])
     assert seen == {torch.bfloat16}
     assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
+def test_qlora_trains_on_after_an_evaluation_on_every_cpu(make, tokenizer, data, tmp_path, monkeypatch):
+    """On CPUs with AVX512-BF16 bitsandbytes would repack the weights, and most adapters would get no gradient."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    llama(tokenizer, hidden_size=64).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    curves = []
+    for fields in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
+        torch.manual_seed(0)
+        peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        trainer = make({"max_steps": 4, **fields}, model=model, peft=peft, eval_dataset=data.select(range(2)))
+        trainer.train()
+        curves.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
 
 
 def test_a_second_trainer_on_the_same_model_trains_and_generates(make, tokenizer):

@@ -17,6 +17,7 @@ A packed batch is a plain dict, so that any model takes it as keyword arguments:
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 IGNORE_INDEX = -100
@@ -24,18 +25,21 @@ _PADDED_KEYS = {"input_ids", "labels", "attention_mask", "position_ids"}
 
 
 def collate_documents(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Packs documents of `{"input_ids", "labels"}` (lists or 1-D tensors) into one batch.
+    """Packs documents of `{"input_ids", "labels"}` (lists, 1-D arrays or tensors) into one batch.
 
     No documents at all give one document of two unsupervised tokens: a rank that has run out of data takes part in the
     step and adds nothing to it.
     """
-    ids = [torch.as_tensor(document["input_ids"], dtype=torch.int64) for document in documents]
-    labels = [torch.as_tensor(document["labels"], dtype=torch.int64) for document in documents]
-    if not ids:
-        ids, labels = [torch.zeros(2, dtype=torch.int64)], [torch.full((2,), IGNORE_INDEX)]
-    lengths_D = torch.tensor([len(document) for document in ids])
+    documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}]
+    lengths_D = torch.tensor([len(document["input_ids"]) for document in documents])
     positions = [torch.arange(length) for length in lengths_D.tolist()]
-    return _packed(torch.cat(ids), torch.cat(labels), torch.cat(positions), lengths_D)
+    ids_T, labels_T = (_concatenated([document[key] for document in documents]) for key in ("input_ids", "labels"))
+    return _packed(ids_T, labels_T, torch.cat(positions), lengths_D)
+
+
+def _concatenated(parts: Sequence[Any]) -> torch.Tensor:
+    # By NumPy: torch warns of arrays that may not be written to, such as those of a data set on disk.
+    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
 
 
 def loss_rows(labels: torch.Tensor) -> torch.Tensor:

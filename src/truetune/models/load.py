@@ -58,12 +58,31 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
     model = _from_pretrained(name_or_path, {**kwargs, **weights})
     if precision == "fp8":
         replace_linears_with_fp8(model)
+    keep_4bit_layout(model)
     if "attn_implementation" not in kwargs:
         if reason := why_not_packable(model):
             logger.warning("The model keeps its own attention: %s", reason)
         else:
             use_varlen_attention(model)
     return model
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Keeps 4-bit weights as they were quantized, where bitsandbytes would repack them for inference on a CPU.
+
+    On CPUs with AVX512-BF16 its linears repack themselves in place at the first call in eval mode, for good: scales
+    are rounded to bf16, shapes that are no multiples of 32 by 64 crash, and the kernel has no gradient, so that one
+    evaluation would end the training of everything below in silence. Raises `ModelError` if that has happened.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    f"the 4-bit weights of {name} were repacked for inference by a call in eval mode, and have no "
+                    "gradient any more: load the model anew, or with truetune.models.load.load_model."
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_model(

@@ -4,33 +4,34 @@ import torch
 
 
 class DeviceMetrics:
-    """Sums of a micro-batch, `FusedLossOutput.stats` over all ranks, until a log asks for them.
+    """Sums of each micro-batch over all ranks, until a log asks for them.
 
     TRL reads three numbers from the device in every micro-batch; here nothing waits before `pop`.
     """
 
     def __init__(self) -> None:
-        self._stats: list[torch.Tensor] = []
-        self._tokens: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor] = []
 
-    def add(self, stats: torch.Tensor, num_tokens: torch.Tensor) -> None:
-        """stats fp32 [4] (supervised tokens, nll, entropy and top-1 sums) and the batch's tokens, over all ranks."""
-        self._stats.append(stats)
-        self._tokens.append(num_tokens)
+    def add(self, sums: torch.Tensor) -> None:
+        """fp32 [5] or [6]: `FusedLossOutput.stats` (supervised tokens, sums of nll, entropy and top-1), the batch's
+        tokens, and a mixture of experts' auxiliary loss."""
+        self._sums.append(sums)
 
     def peek(self) -> dict[str, float]:
         """Sums over the micro-batches so far: supervised tokens and their negative log-likelihood."""
-        if not self._stats:
+        if not self._sums:
             return {}
-        supervised, nll, _, _ = torch.stack(self._stats).double().sum(0).tolist()
+        supervised, nll = torch.stack(self._sums).double().sum(0).tolist()[:2]
         return {"supervised": supervised, "nll": nll}
 
-    def pop(self) -> tuple[dict[str, list[float]], int]:
-        """(per micro-batch means under TRL's names, tokens seen); empties itself."""
-        if not self._stats:
-            return {}, 0
-        supervised, _, entropy, top1 = torch.stack(self._stats).double().cpu().unbind(1)
-        tokens = int(torch.stack(self._tokens).sum())
-        self._stats, self._tokens = [], []
+    def pop(self) -> dict[str, list[float]]:
+        """One value a micro-batch, under TRL's names and in its order; empties itself."""
+        if not self._sums:
+            return {}
+        supervised, _, entropy, top1, num_tokens, *aux_loss = torch.stack(self._sums).double().cpu().unbind(1)
+        self._sums = []
         share = torch.where(supervised > 0, 1 / supervised.clamp(min=1), 0.0)
-        return {"entropy": (entropy * share).tolist(), "mean_token_accuracy": (top1 * share).tolist()}, tokens
+        values = {"entropy": entropy * share, "mean_token_accuracy": top1 * share, "num_tokens": num_tokens}
+        if aux_loss:
+            values["aux_loss"] = aux_loss[0]
+        return {name: value.tolist() for name, value in values.items()}

@@ -21,6 +21,7 @@ from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activati
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
+from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import POLICIES, fused_layers, set_activations
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
@@ -54,6 +55,7 @@ class SFTTrainer(trl.SFTTrainer):
             self._refuse_own_settings()
             return
         self._ours = True
+        keep_4bit_layout(self.model)
         self._unpadding_off = _why_not_unpad(self)
         self._set_attention()
         self._set_adapters(trained_before)
@@ -237,32 +239,35 @@ class SFTTrainer(trl.SFTTrainer):
             # A mean over a micro-batch: averaged over the micro-batches of the step, where the loss is not.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
-        self._keep_metrics(mode, inputs, outputs.stats)
+        self._keep_metrics(mode, inputs, outputs)
         self.report.fused_losses += 1
         for backend, calls in (attention_calls - attention_before).items():
             self.report.attention_calls[backend] = self.report.attention_calls.get(backend, 0) + calls
         return loss
 
-    def _keep_metrics(self, mode: str, inputs: dict[str, Any], stats: torch.Tensor) -> None:
+    def _keep_metrics(self, mode: str, inputs: dict[str, Any], outputs: Any) -> None:
         if "attention_mask" in inputs:
             num_tokens = inputs["attention_mask"].sum().float()
         else:
-            num_tokens = stats.new_tensor(inputs["input_ids"].numel())
-        sums = torch.cat([stats, num_tokens[None].to(stats.device)])
+            num_tokens = outputs.stats.new_tensor(inputs["input_ids"].numel())
+        parts = [outputs.stats, num_tokens[None].to(outputs.stats.device)]
+        if self.aux_loss_enabled:
+            parts.append(outputs.aux_loss.detach()[None].to(outputs.stats) / self.accelerator.num_processes)
+        sums = torch.cat(parts)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.gather(sums[None]).sum(0)
-        self._device_metrics[mode].add(sums[:4], sums[4])
+        self._device_metrics[mode].add(sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        means, num_tokens = self._device_metrics[mode].pop()
-        for name, values in means.items():
-            self._metrics[mode][name].extend(values)
-        if means:
+        # Both, whichever is logged: an evaluation's log tells the tokens trained so far, those of no log yet included.
+        for mode, sums in self._device_metrics.items():
+            values = sums.pop()
             if mode == "train":
-                self._total_train_tokens += num_tokens
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+                self._total_train_tokens += int(sum(values.get("num_tokens", [])))
+            for name, of_micro_batches in values.items():
+                self._metrics[mode][name].extend(of_micro_batches)
+            if "num_tokens" in self._metrics[mode]:  # TRL logs the means of all others
+                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def _count_batch(self, inputs: dict[str, Any]) -> None:
