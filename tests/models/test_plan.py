@@ -56,7 +56,7 @@ def test_a_layer_saves_the_bytes_that_the_model_says(model_type, trained, autoca
     fuse(model)
     set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
     shape = read_model(model, torch.bfloat16 if autocast else torch.float32)
-    tokens, documents = 40, 3
+    tokens = 40
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         measured = saved_bytes(model, packed_batch((17, 20, 3)))
     for layer, found in zip(shape.layers, measured, strict=True):

@@ -140,16 +140,20 @@ def _plain(module: Any) -> Any:
 def _weight_bytes(model: nn.Module, head: Any, precision: str | None) -> int:
     total = sum(p.numel() * p.element_size() for p in _unique(model))
     total += sum(b.numel() * b.element_size() for b in model.buffers())
+    module: Any
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:  # beside the packed codes
             total += state.absmax.numel() * state.absmax.element_size()
             total += 0 if state.state2 is None else state.state2.absmax.numel() * FP32
-        elif precision in ("nf4", "fp8") and type(module) is nn.Linear and module is not _plain(head):
-            if not module.weight.requires_grad:
-                total += quantized_bytes(module.out_features, module.in_features, precision)
-                total -= module.weight.numel() * module.weight.element_size()
+        elif precision in ("nf4", "fp8") and _becomes_quantized(module, head):
+            total += quantized_bytes(module.out_features, module.in_features, precision)
+            total -= module.weight.numel() * module.weight.element_size()
     return total
+
+
+def _becomes_quantized(module: Any, head: Any) -> bool:
+    return type(module) is nn.Linear and module is not _plain(head) and not module.weight.requires_grad
 
 
 def quantized_bytes(rows: int, columns: int, precision: str) -> int:
@@ -170,7 +174,8 @@ class _LinearShape:
 def _read_linear(module: Any, compute: torch.dtype, made: bool) -> _LinearShape:
     rank = 0
     if isinstance(module, LoraLayer):
-        rank = sum(module.lora_A[name].weight.shape[0] for name in module.active_adapters if name in module.lora_A)
+        adapters: Any = module.lora_A
+        rank = sum(adapters[name].weight.shape[0] for name in module.active_adapters if name in adapters)
         module = module.base_layer
     weight = module.weight
     half = type(module) is nn.Linear and weight.dtype == compute  # FP8's are multiplied as they are
@@ -339,7 +344,8 @@ class StepMemory:
     """The memory of one process's training step.
 
     `tokens` of a micro-batch; `optimizer`: bytes of its state; `accumulates`: gradients outlive a micro-batch;
-    `buckets`: DDP's copies of them. `correction`: measured over predicted, of all but what is held.
+    `buckets`: DDP's copies of them; `full_logits`: the loss is not ours; `correction`: measured over predicted, of all
+    but what is held.
     """
 
     model: ModelShape
@@ -348,6 +354,7 @@ class StepMemory:
     accumulates: bool = False
     buckets: bool = False
     optimizer_step: int = 0
+    full_logits: bool = False
     correction: float = 1.0
 
     def before_first_step(self) -> "StepMemory":
@@ -416,6 +423,8 @@ class StepMemory:
         stride = -(-m.head // 64) * 64
         chunk = _chunk_rows(T, stride * m.compute, kernels=True)
         logits = min(chunk, T) * (stride + m.hidden) * m.compute
+        if self.full_logits:  # and TRL's loss makes fp32 copies of them
+            logits = T * m.head * (m.compute + 2 * FP32)
         cast = matrix * m.compute * m.head_made
         if not gradients:
             return {"forward": stream + logits + cast}
@@ -430,12 +439,10 @@ class StepMemory:
         }
 
     def evaluation_peak(self, tokens: int, full_logits: bool) -> int:
-        """Bytes of a batch without gradients; with `full_logits` TRL's loss makes fp32 copies of them."""
-        batch = replace(self, tokens=tokens)
+        """Bytes of a batch without gradients, at whose end gradients and optimizer state may be there."""
+        batch = replace(self, tokens=tokens, full_logits=full_logits)
         forward = max(layer.forward for layer in batch.of_layers(["keep"] * len(self.model.layers)))
         head = batch.head(gradients=False)["forward"]
-        if full_logits:
-            head = tokens * self.model.head * (self.model.compute + 2 * FP32)
         stream = self.model.residual * self.model.hidden * tokens
         return self.held + round(self.correction * (max(forward, head) + 2 * stream))
 

@@ -49,7 +49,10 @@ class HostMemory:
 
     @contextmanager
     def saving(self, index: int, stays: frozenset[int] = frozenset()) -> Iterator[None]:
-        """Offloads what is saved in this context, the forward pass of layer `index`, but for matrices of such widths."""
+        """Offloads what is saved in this context, the forward pass of layer `index`.
+
+        `stays`: widths of matrices that stay on the device.
+        """
         if index in self._layers:  # a forward pass whose backward pass never came
             self._drop(index)
         self._layers[index] = _Layer(stays=stays)
@@ -117,6 +120,12 @@ class HostMemory:
             with torch.cuda.stream(self.stream):
                 saved.device_data.copy_(saved.host_data, non_blocking=True)
                 saved.returned = self.stream.record_event()
+
+    def forget(self) -> None:
+        """Lets go of all that is saved: the backward pass will not come, because memory ran out before it."""
+        self.stream.synchronize()
+        for index in list(self._layers):
+            self._drop(index)
 
     def _drop(self, index: int) -> None:
         """The layer's backward pass is over: its host buffers are free for the next forward pass."""

@@ -32,6 +32,7 @@ from truetune.models.offload import HostMemory
 POLICIES = ("auto", "keep", "lean", "offload")
 MARGIN = 0.06  # of the device: what other libraries take, and what the plan does not know
 FRAGMENTATION = 0.03  # of all that is not held: what the allocator cannot use of its blocks
+SHARED = 0.03  # of a copy's time is lost to the layer that it hides behind: both use the device's memory
 GIB = 2**30
 
 
@@ -97,12 +98,12 @@ class Rates:
     forward: float
     backward: float
     recompute: float
-    host_rate: float = 25e9  # half of what PCIe 4 and 5 were seen to give
+    host_rate: float
     host_bytes: int = 0
 
 
 def layer_seconds(memory: StepMemory, choices: Sequence[str], rates: Rates) -> float:
-    """How long the layers of a micro-batch take: recomputation adds up, copies cost only where they are waited for.
+    """How long the layers of a micro-batch take: recomputation adds up, copies cost little where they are not waited for.
 
     Copies queue up on one stream. A layer's forward pass begins when the copies of the layer two before it are done,
     whose memory it may need; its backward pass begins when its tensors are back, which are asked for as the backward
@@ -117,14 +118,14 @@ def layer_seconds(memory: StepMemory, choices: Sequence[str], rates: Rates) -> f
             clock = max(clock, done[i - 2])
         stream = max(stream, clock) + copy
         done[i] = stream
-        clock += rates.forward
+        clock += rates.forward + SHARED * copy
     back = dict.fromkeys(range(len(layers) - 2, len(layers)), 0.0)  # the last two never left
     for i in reversed(range(len(layers))):
         clock = max(clock, back[i])
         if i > 0 and i - 1 not in back:
             stream = max(stream, clock) + copies[i - 1]
             back[i - 1] = stream
-        clock += rates.backward + (rates.recompute if choices[i] in RECOMPUTED else 0.0)
+        clock += rates.backward + SHARED * copies[i] + (rates.recompute if choices[i] in RECOMPUTED else 0.0)
     return clock
 
 
@@ -155,11 +156,12 @@ def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]
     if policy in ("keep", "lean"):
         yield (policy if has_host or policy == "keep" else "recompute",) * layers
         return
-    kinds = ("keep", "host", "offload") if policy == "offload" else ("keep", "host", "recompute", "lean")
+    kinds: Sequence[str] = ("keep", "host", "offload") if policy == "offload" else ("keep", "host", "recompute", "lean")
     kinds = tuple(kind for kind in kinds if has_host or kind not in ON_HOST)
     for kind in kinds:
         yield (kind,) * layers
-    for lean, other in permutations(kinds, 2):
+    leaner_first = sorted(permutations(kinds, 2), key=lambda pair: kinds.index(pair[0]) < kinds.index(pair[1]))
+    for lean, other in leaner_first:
         for count in range(1, layers):
             yield (lean,) * count + (other,) * (layers - count)
             spread = tuple(lean if (i + 1) * count // layers > i * count // layers else other for i in range(layers))
@@ -202,8 +204,8 @@ def advice(policy: str, memory: StepMemory, room: Room, rates: Rates, batch_size
     step = 256 if length > 512 else 16
     shorter = next((n for n in range(length // step * step, 0, -step) if n < length and fits(n)), None)
     if shorter is not None:
-        rows = f" per_device_train_batch_size from {batch_size} to 1 and" if batch_size > 1 else ""
-        return f"lower{rows} max_length from {length} to {shorter}"
+        alone = f" per_device_train_batch_size from {batch_size} to 1 and" if batch_size > 1 else ""
+        return f"lower{alone} max_length from {length} to {shorter}"
     return "train an adapter on 4-bit weights (qlora), take a smaller model, or a GPU with more memory"
 
 
@@ -227,8 +229,8 @@ class ActivationPlan:
     def in_words(self) -> str:
         """ "keep 20 of 32 layers, 12 lean; predicted peak 61.2 GiB of 139"."""
         counts = {choice: self.choices.count(choice) for choice in CHOICES if choice in self.choices}
-        (first, count), *others = counts.items()
-        words = f"{first} all {count} layers" if not others else f"{first} {count} of {len(self.choices)} layers"
+        (first, most), *others = counts.items()
+        words = f"{first} all {most} layers" if not others else f"{first} {most} of {len(self.choices)} layers"
         words = ", ".join([words, *(f"{number} {choice}" for choice, number in others)])
         if self.predicted_peak is None:
             return words
@@ -237,8 +239,9 @@ class ActivationPlan:
 
     @property
     def runs(self) -> str:
-        """ "12 x lean, 20 x keep", in the order of the layers."""
-        return ", ".join(f"{len(list(run))} x {choice}" for choice, run in groupby(self.choices))
+        """ "12 lean, 20 keep", in the order of the layers."""
+        runs = [f"{len(list(run))} {choice}" for choice, run in groupby(self.choices)]
+        return ", ".join(runs) if len(runs) < 6 else f"{', '.join(runs[:4])} and so on"
 
     def save(self, path: Path) -> None:
         beside = path.with_name(f".{path.name}.new")
