@@ -142,6 +142,8 @@ def _weight_bytes(model: nn.Module, head: Any, precision: str | None) -> int:
     total += sum(b.numel() * b.element_size() for b in model.buffers())
     module: Any
     for module in model.modules():
+        if isinstance(module, LoraLayer):  # whose `weight` is that of the layer that it wraps
+            continue
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:  # beside the packed codes
             total += state.absmax.numel() * state.absmax.element_size()

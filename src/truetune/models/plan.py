@@ -103,7 +103,7 @@ class Rates:
 
 
 def layer_seconds(memory: StepMemory, choices: Sequence[str], rates: Rates) -> float:
-    """How long the layers of a micro-batch take: recomputation adds up, copies cost little where they are not waited for.
+    """How long the layers of a micro-batch take: recomputation adds up, copies cost little that are not waited for.
 
     Copies queue up on one stream. A layer's forward pass begins when the copies of the layer two before it are done,
     whose memory it may need; its backward pass begins when its tensors are back, which are asked for as the backward
@@ -162,7 +162,7 @@ def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]
         yield (kind,) * layers
     leaner_first = sorted(permutations(kinds, 2), key=lambda pair: kinds.index(pair[0]) < kinds.index(pair[1]))
     for lean, other in leaner_first:
-        for count in range(1, layers):
+        for count in range(1, layers, max(1, layers // 32)):  # half a second for 32 layers
             yield (lean,) * count + (other,) * (layers - count)
             spread = tuple(lean if (i + 1) * count // layers > i * count // layers else other for i in range(layers))
             yield spread

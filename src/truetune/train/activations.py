@@ -110,13 +110,13 @@ class Activations:
         for _ in range(MOST_REHEARSALS):
             choices = self.plan.choices
             found = self._agreed(rehearse(self.trainer, batch))
+            if self.room is None:
+                break
             if found.peak is None:
                 failed.add(choices)
                 self.memory = replace(self.memory, correction=self.memory.correction * 1.2)
             else:
                 self._learn(found, choices)
-            if self.room is None:
-                break
             fits = found.peak is not None and self.memory.peak(choices) <= self.room.available
             fitting = choices if fits else fitting
             following = choose(self.policy, self.memory, self.room, self.rates) if self._may_change else choices
@@ -153,8 +153,6 @@ class Activations:
 
     def _learn(self, found: Rehearsed, choices: tuple[str, ...]) -> None:
         """Corrects the predictions by what was measured."""
-        if not self.on_gpu:
-            return
         assert found.peak is not None
         bare = replace(self.memory.before_first_step(), correction=1.0)
         predicted = bare.peak(choices) - bare.held
