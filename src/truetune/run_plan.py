@@ -35,7 +35,7 @@ from truetune.models.rates import (
 from truetune.recipe import Recipe
 from truetune.run import training_arguments
 from truetune.run_model import add_lora, check_adapter, hub_arguments, model_path, model_precision
-from truetune.train.activations import step_memory
+from truetune.train.activations import check_policy, step_memory
 from truetune.train.errors import TrainError
 
 CONTEXT = int(0.6 * GIB)  # CUDA's own, where a GPU is only named by its memory
@@ -84,6 +84,7 @@ def plan_recipe(recipe: Recipe, memory_gib: float | None = None) -> RecipePlan:
             "this recipe leaves the memory of activations to Transformers, which is not planned: remove "
             "gradient_checkpointing_kwargs, activation_offloading and fuse: false."
         )
+    check_policy(args.activation_policy)
     check_adapter(recipe)
     precision = model_precision(recipe)
     config = check_model(

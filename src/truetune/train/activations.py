@@ -33,6 +33,14 @@ MOST_REHEARSALS = 5
 WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
 
 
+def check_policy(asked: str) -> None:
+    """Raises `TrainError` for what is neither a policy nor a file."""
+    if asked not in POLICIES and not Path(asked).is_file():
+        raise TrainError(
+            f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}, or a saved plan's path."
+        )
+
+
 def compute_dtype(args: Any, model: nn.Module) -> torch.dtype:
     """What linears compute in: autocast's dtype, or the model's own."""
     if args.bf16 or args.fp16:

@@ -7,7 +7,6 @@ truncation, packs and order are the installed TRL's.
 
 import functools
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +21,8 @@ from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activati
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
-from truetune.models.plan import POLICIES, fused_layers
-from truetune.train.activations import Activations
+from truetune.models.plan import fused_layers
+from truetune.train.activations import Activations, check_policy
 from truetune.train.batches import batch_of_longest_rows, row_lengths
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
@@ -129,10 +128,7 @@ class SFTTrainer(trl.SFTTrainer):
         """`activation_policy` decides where every layer is fused and nothing asks for TRL's own mechanisms."""
         args, layers = self.args, fused_layers(self.model)
         asked = own_setting(args, "activation_policy")
-        if asked not in POLICIES and not os.path.isfile(asked):
-            raise TrainError(
-                f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}, or a saved plan's path."
-            )
+        check_policy(asked)
         own = [name for name in ("gradient_checkpointing_kwargs", "activation_offloading") if getattr(args, name)]
         policy, why = asked, ""
         if not args.gradient_checkpointing:
