@@ -72,7 +72,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    for command in ("train", "inspect", "doctor", "init", "demo", "run"):
+    for command in ("train", "inspect", "plan", "doctor", "init", "demo", "run"):
         assert re.search(rf"\b{command}\b", done.stdout)
     assert seconds < 2  # 0.2 s on an idle machine, where the promise is 0.5; tests run beside each other
 
@@ -101,6 +101,72 @@ def test_init_writes_a_recipe_once(place, capfd):
     code, _, err = run(capfd, "init")
     assert (code, err) == (2, "truetune: There is a file recipe.yaml already: name another, or remove it.\n")
     assert (place / "recipe.yaml").read_text() == "model: mine\n"
+
+
+@pytest.fixture
+def qwen_8b(tmp_path, monkeypatch) -> Path:
+    """A directory, the current one, with the config.json of an 8B model in `qwen`, and no weights."""
+    from transformers import Qwen3Config
+
+    monkeypatch.chdir(tmp_path)
+    config = Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=151936, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "qwen")
+    return tmp_path
+
+
+def test_plan_says_what_fits_from_the_configuration_alone(qwen_8b, capfd):
+    recipe = ("--model", "qwen", "--data", "none.jsonl", "max_length=4096", "training.per_device_train_batch_size=4")
+    code, out, err = run(capfd, "plan", *recipe, "--memory", "141")
+    assert (code, err) == (0, "")
+    assert "16,384 tokens a micro-batch; activation policy auto: keep all 36 layers; predicted peak" in out
+    assert re.search(r"weights +15\.\d+", out)
+    assert "tokens/s a GPU: an estimate from FLOPs" in out
+    assert out.endswith("It fits.\n")
+
+    code, out, _ = run(capfd, "plan", *recipe, "--memory", "48", "--json")
+    found = json.loads(out)
+    assert (code, found["fits"], found["mend"]) == (0, True, None)
+    assert found["tokens"] == 16384
+    assert len(found["choices"]) == 36
+    assert "keep" not in found["choices"] or len(set(found["choices"])) > 1
+    assert sum(found["terms"].values()) == found["predicted_peak"]
+    assert found["predicted_peak"] + found["margin"] <= found["device_bytes"] == 48 * 2**30
+
+    code, out, _ = run(capfd, "plan", *recipe, "--memory", "16", "--json")
+    assert (code, json.loads(out)["fits"]) == (1, False)
+    assert "qlora" in json.loads(out)["mend"]
+    code, out, _ = run(capfd, "plan", *recipe, "--memory", "16", "--method", "qlora", "--json")
+    assert (code, json.loads(out)["fits"]) == (0, True)
+    assert json.loads(out)["terms"]["weights"] < 6.5 * 2**30
+
+
+def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
+    recipe = ("plan", "--model", "qwen", "--data", "none.jsonl", "--memory", "24", "--json", "max_length=8192")
+    code, out, _ = run(capfd, *recipe, "training.per_device_train_batch_size=4")
+    mend = json.loads(out)["mend"]
+    assert code == 1
+    words, rows = mend[:-1], mend[-1]
+    assert words == "lower per_device_train_batch_size from 4 to "
+    code, out, _ = run(capfd, *recipe, f"training.per_device_train_batch_size={rows}")
+    assert (code, json.loads(out)["fits"]) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no GPU here: say for which memory to plan, --memory 80 for one of 80 GiB"),
+        (["--memory", "80", "training.activation_offloading=true"], "leaves the memory of activations to Transformers"),
+        (["--memory", "80", "training.activation_policy=none"], "activation_policy 'none' is unknown"),
+    ],
+)
+def test_plan_refuses_in_one_sentence(qwen_8b, capfd, words, message):
+    code, out, err = run(capfd, "plan", "--model", "qwen", "--data", "none.jsonl", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_inspect_shows_what_is_supervised(place, capfd):

@@ -32,6 +32,7 @@ Changes = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Hub name, directory, or builtin:demo.", show_default=False)]
 Data = Annotated[str | None, typer.Option(help="File, directory, glob, Hub name, or builtin:demo.", show_default=False)]
+Method = Annotated[str | None, typer.Option(help="lora (default), qlora or full.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 INTERRUPTED = 130  # the shell's code for SIGINT
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, which some versions of Typer carry themselves
@@ -58,7 +59,7 @@ def train(
     changes: Changes = None,
     model: Model = None,
     data: Data = None,
-    method: Annotated[str | None, typer.Option(help="lora (default), qlora or full.", show_default=False)] = None,
+    method: Method = None,
     output: Annotated[str | None, typer.Option(help="Where the result goes.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -105,6 +106,35 @@ def inspect(
         console.print(audit.render_document(tokenizer, document))
     console.rule()
     console.print(audit.render_summary(audit.summary(prepared, packing)))
+
+
+@app.command()
+def plan(
+    changes: Changes = None,
+    model: Model = None,
+    data: Data = None,
+    method: Method = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="Memory of the GPU in GiB.", show_default="of the GPU here")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a step needs of the GPU's memory, and whether it fits.
+
+    What each layer keeps, recomputes or puts on the host, and an estimate of tokens/s. Needs config.json alone; exits
+    with 1 where it does not fit.
+    """
+    recipe = _recipe(changes, model=model, data=data, method=method)
+    from rich.console import Console
+
+    from truetune.run_plan import plan_recipe, print_recipe_plan
+
+    found = plan_recipe(recipe, memory)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_recipe_plan(found, Console(highlight=False))
+    raise typer.Exit(0 if found.fits else 1)
 
 
 @app.command()

@@ -36,6 +36,7 @@ _WRITTEN = (
     "recipe.yaml",
     "run.json",
     "metrics.jsonl",
+    "activation_plan.json",
     "README.md",
 )
 SAVING = ".saving"

@@ -28,6 +28,7 @@ class _Saved:
 @dataclass
 class _Layer:
     saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)  # by address and bytes
+    stays: frozenset[int] = frozenset()  # widths of matrices that stay on the device
 
 
 class HostMemory:
@@ -47,11 +48,14 @@ class HostMemory:
         return HostMemory(self.device)
 
     @contextmanager
-    def saving(self, index: int) -> Iterator[None]:
-        """Offloads what is saved in this context, the forward pass of layer `index`."""
+    def saving(self, index: int, stays: frozenset[int] = frozenset()) -> Iterator[None]:
+        """Offloads what is saved in this context, the forward pass of layer `index`.
+
+        `stays`: widths of matrices that stay on the device.
+        """
         if index in self._layers:  # a forward pass whose backward pass never came
             self._drop(index)
-        self._layers[index] = _Layer()
+        self._layers[index] = _Layer(stays=stays)
         self._order.append(index)
         self._release_copied(before=index)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._pack(index, tensor), self._unpack):
@@ -62,8 +66,10 @@ class HostMemory:
         is_parameter = tensor.is_leaf and tensor.requires_grad
         if not tensor.is_cuda or num_bytes < SMALLEST or is_parameter or not tensor.is_contiguous():
             return tensor
-        key = (tensor.data_ptr(), num_bytes)
         layer = self._layers[index]
+        if tensor.dim() == 2 and tensor.shape[1] in layer.stays:
+            return tensor
+        key = (tensor.data_ptr(), num_bytes)
         if key not in layer.saved:
             layer.saved[key] = self._copy_out(tensor.detach().view(-1).view(torch.uint8), num_bytes)
         return index, key, tensor.dtype, tensor.shape
@@ -114,6 +120,12 @@ class HostMemory:
             with torch.cuda.stream(self.stream):
                 saved.device_data.copy_(saved.host_data, non_blocking=True)
                 saved.returned = self.stream.record_event()
+
+    def forget(self) -> None:
+        """Lets go of all that is saved: the backward pass will not come, because memory ran out before it."""
+        self.stream.synchronize()
+        for index in list(self._layers):
+            self._drop(index)
 
     def _drop(self, index: int) -> None:
         """The layer's backward pass is over: its host buffers are free for the next forward pass."""

@@ -18,9 +18,11 @@ class SFTConfig(trl.SFTConfig):
     fuse: run decoder layers of known architectures as fused blocks.
     activation_policy: what of a fused layer is kept for the backward pass: "keep" (nothing is recomputed but norms and
         the activation product), "lean" (the least device memory: what hides behind the compute goes to the host, the
-        rest is recomputed), "offload" (nothing is recomputed, what does not fit goes to the host), or "auto" (the
-        fastest mix that fits). `gradient_checkpointing=False` means "keep"; `gradient_checkpointing_kwargs` and
-        `activation_offloading` select TRL's own mechanisms instead.
+        rest is recomputed), "offload" (nothing is recomputed, what does not fit goes to the host), "auto" (the fastest
+        mix that fits), or the path of a plan that a run saved (activation_plan.json). `gradient_checkpointing=False`
+        means "keep"; `gradient_checkpointing_kwargs` and `activation_offloading` select TRL's own mechanisms instead.
+    rehearse: on a GPU, run the largest batch forward and backward before the first step, so that the plan rests on
+        measured memory and what does not fit fails in the first minute. Losses are the same to the bit without.
     allow: names of differences between what was asked and what is in effect that are accepted; each error that can be
         allowed gives its name.
     """
@@ -34,8 +36,9 @@ class SFTConfig(trl.SFTConfig):
     fuse: bool = field(default=True, metadata={"help": "Run decoder layers of known architectures as fused blocks."})
     activation_policy: str = field(
         default="auto",
-        metadata={"help": "What is kept for the backward pass: auto, keep, lean or offload."},
+        metadata={"help": "What is kept for the backward pass: auto, keep, lean, offload, or a saved plan's path."},
     )
+    rehearse: bool = field(default=True, metadata={"help": "Try the largest batch before the first step, on a GPU."})
     allow: list[str] = field(
         default_factory=list, metadata={"help": "Accepted differences between what was asked and what is in effect."}
     )

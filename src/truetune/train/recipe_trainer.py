@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from truetune.data.collate import collate_documents
 from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
+from truetune.train.batches import document_lengths, longest
 from truetune.train.trainer import SFTTrainer
 
 
@@ -42,13 +43,39 @@ class RecipeTrainer(SFTTrainer):
         how = f"packed, best-fit decreasing over {over}, {self.args.max_length} tokens"
         self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
 
+    def _most_tokens(self, dataset, batch_size: int) -> int:
+        if not self._pack:
+            return super()._most_tokens(dataset, batch_size)
+        assert self.args.max_length is not None
+        if isinstance(dataset, datasets.IterableDataset):
+            return batch_size * self.args.max_length
+        return min(batch_size * self.args.max_length, max(2, int(document_lengths(dataset).sum())))
+
+    def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
+        """The packs of the first epoch that hold most tokens; None of a stream, which is not known before it is read."""
+        dataset = self.eval_dataset if evaluation else self.train_dataset
+        if isinstance(dataset, datasets.IterableDataset):
+            return None
+        if isinstance(dataset, dict):
+            dataset = max(dataset.values(), key=lambda part: int(document_lengths(part).max()))
+        sampler = self._sampler(dataset, seed=0 if evaluation else self._seed)
+        packs = list(sampler)
+        lengths = document_lengths(dataset)
+        fullest = longest([int(lengths[pack].sum()) for pack in packs],
+                          self.args.eval_batch_size if evaluation else self._train_batch_size)  # fmt: skip
+        documents = PackedDocuments(dataset, len(packs))
+        return _collate([documents[packs[i]] for i in fullest])
+
+    @property
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def get_train_dataloader(self) -> DataLoader:
         documents, size = self.train_dataset, self._train_batch_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(documents, datasets.IterableDataset):
             capacity = self.args.max_length if self._pack else None
-            return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, seed), size)
-        return self._packs_loader(documents, self._sampler(documents, seed), size)
+            return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, self._seed), size)
+        return self._packs_loader(documents, self._sampler(documents, self._seed), size)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -160,14 +187,6 @@ class _EvenPacks(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.packs.set_epoch(epoch)  # type: ignore[attr-defined]
-
-
-def document_lengths(documents: datasets.Dataset) -> np.ndarray:
-    """Tokens of each document, int64 [D], read from the Arrow offsets without loading the tokens."""
-    import pyarrow.compute as pc
-
-    table = documents.with_format("arrow").select_columns(["input_ids"])[:]
-    return pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
 
 
 def _collate(packs: list[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varle
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
-from truetune.models.plan import POLICIES, fused_layers, set_activations
+from truetune.models.plan import fused_layers
+from truetune.train.activations import Activations, check_policy
+from truetune.train.batches import batch_of_longest_rows, row_lengths
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -47,6 +49,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.report = TrainReport()
         self._device_metrics = {"train": DeviceMetrics(), "eval": DeviceMetrics()}
         self._ours = False  # until the end of this method: TRL's own code may run first
+        self.activations: Activations | None = None  # where they are planned
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, args, *positional, **keywords)
         self.report.stock = _why_stock_trl(self)
@@ -127,9 +130,9 @@ class SFTTrainer(trl.SFTTrainer):
         """`activation_policy` decides where every layer is fused and nothing asks for TRL's own mechanisms."""
         args, layers = self.args, fused_layers(self.model)
         asked = own_setting(args, "activation_policy")
-        if asked not in POLICIES:
-            raise TrainError(f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}.")
+        check_policy(asked)
         own = [name for name in ("gradient_checkpointing_kwargs", "activation_offloading") if getattr(args, name)]
+        policy, why = asked, ""
         if not args.gradient_checkpointing:
             if asked not in ("auto", "keep"):
                 raise TrainError(
@@ -146,11 +149,39 @@ class SFTTrainer(trl.SFTTrainer):
                 )
             self.report.add("activations", asked, "checkpointed by Transformers", why)
             return
-        else:
-            policy, why = ("keep" if asked == "auto" else asked), ""
-        set_activations(layers, policy)
         self._stop_checkpointing()
-        self.report.add("activations", asked, policy, why)
+        if layers:
+            self.activations = Activations(self, policy)
+        self.report.add("activations", asked, self.activations.in_words if self.activations else "keep", why)
+
+    def token_budget(self) -> int:
+        """The most tokens of a micro-batch on one device."""
+        return self._most_tokens(self.train_dataset, self._train_batch_size)
+
+    def _most_tokens(self, dataset: Any, batch_size: int) -> int:
+        lengths = row_lengths(dataset)
+        longest = self.args.max_length or 1024 if lengths is None else int(lengths.max())
+        return batch_size * longest
+
+    def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
+        """As the data loader would give it; None where the lengths of the data are not known before it is read."""
+        dataset = self.eval_dataset if evaluation else self.train_dataset
+        return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
+
+    def evaluates_with_logits(self) -> bool:
+        return self.compute_metrics is not None and not self.args.prediction_loss_only
+
+    def rehearse(self) -> None:
+        """Tries the largest batch before the first step, and plans again by what it needed; see `rehearsal.py`.
+
+        Nothing that training depends on changes. Raises `TrainError` where it does not fit.
+        """
+        if self.activations is None:
+            return
+        self.activations.rehearse()
+        line = next(line for line in self.report.lines if line.part == "activations")
+        line.in_effect = self.activations.in_words
+        line.why = "; ".join(filter(None, [line.why, *self.activations.notes]))
 
     def _stop_checkpointing(self) -> None:
         """So that Transformers checkpoints no layer behind the policy's back; 5.17 and 5.23 read different names."""
@@ -182,6 +213,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.report.add("batches", asked, in_effect, why)
 
     def train(self, *args, **kwargs):
+        if own_setting(self.args, "rehearse") and self.args.device.type == "cuda":
+            self.rehearse()
         self._print(self.report.parts_table())
         return super().train(*args, **kwargs)
 
@@ -219,18 +252,8 @@ class SFTTrainer(trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
         self._count_batch(inputs)
-        inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
         attention_before = attention_calls.copy()
-        outputs = model(
-            **inputs,
-            fused_loss=True,
-            num_items=num_items_in_batch,
-            label_smoothing=smoothing,
-            loss_type=self.args.loss_type,
-        )
+        outputs = self.fused_outputs(model, inputs, num_items_in_batch)
         loss = outputs.loss
         # The count is over all ranks, and DDP averages gradients over them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -244,6 +267,18 @@ class SFTTrainer(trl.SFTTrainer):
         for backend, calls in (attention_calls - attention_before).items():
             self.report.attention_calls[backend] = self.report.attention_calls.get(backend, 0) + calls
         return loss
+
+    def fused_outputs(self, model, inputs: dict[str, Any], num_items: Any):
+        """The model's `FusedLossOutput` for a batch, with this run's kind of loss."""
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        return model(
+            **{**inputs, "use_cache": False},
+            fused_loss=True,
+            num_items=num_items,
+            label_smoothing=self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0,
+            loss_type=self.args.loss_type,
+        )
 
     def _keep_metrics(self, mode: str, inputs: dict[str, Any], outputs: Any) -> None:
         if "attention_mask" in inputs:
@@ -296,6 +331,13 @@ class SFTTrainer(trl.SFTTrainer):
         self.report.groups = set_learning_rates(optimizer, self.model, **rates)
         self._print(self.report.groups_table())
         return optimizer
+
+    # -- saving
+
+    def save_model(self, *args, **kwargs):
+        super().save_model(*args, **kwargs)
+        if self.activations is not None and self.args.should_save and self.args.output_dir is not None:
+            self.activations.save(self.args.output_dir)
 
 
 def _base_model(model):

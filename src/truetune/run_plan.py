@@ -1,0 +1,195 @@
+"""`truetune plan`: what a recipe's step needs and how fast it may be, from config.json alone."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from truetune.models.errors import ModelError
+from truetune.models.load import DTYPES, check_model
+from truetune.models.memory import StepMemory, why_not_planned
+from truetune.models.plan import (
+    GIB,
+    MARGIN,
+    POLICIES,
+    ActivationPlan,
+    Room,
+    advice,
+    choose,
+    layer_seconds,
+    load_plan,
+)
+from truetune.models.rates import (
+    UNKNOWN_GPU,
+    estimated_rates,
+    head_seconds,
+    host_bytes,
+    known_flops,
+    known_host_rate,
+    measured_flops,
+)
+from truetune.recipe import Recipe
+from truetune.run import training_arguments
+from truetune.run_model import add_lora, check_adapter, hub_arguments, model_path, model_precision
+from truetune.train.activations import check_policy, step_memory
+from truetune.train.errors import TrainError
+
+CONTEXT = int(0.6 * GIB)  # CUDA's own, where a GPU is only named by its memory
+OTHER_HOST = 64 * GIB  # what may be pinned on another machine than this one
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """The plan of a recipe's step on one device. `tokens_per_second` is an estimate at `flops` FLOP/s of `device`."""
+
+    plan: ActivationPlan
+    fits: bool
+    mend: str | None
+    margin: int
+    evaluation_peak: int | None
+    tokens_per_second: float
+    flops: float
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "fits": self.fits,
+            "mend": self.mend,
+            "policy": plan.policy,
+            "choices": list(plan.choices),
+            "tokens": plan.tokens,
+            "predicted_peak": plan.predicted_peak,
+            "margin": self.margin,
+            "device_bytes": plan.device_bytes,
+            "terms": plan.terms,
+            "evaluation_peak": self.evaluation_peak,
+            "tokens_per_second": round(self.tokens_per_second),
+            "estimated_at": {"device": self.device, "tflops": round(self.flops / 1e12)},
+        }
+
+
+def plan_recipe(recipe: Recipe, memory_gib: float | None = None) -> RecipePlan:
+    """Plans `recipe` for a GPU of `memory_gib` (None: the one here). Reads neither weights nor data.
+
+    Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
+    """
+    args = training_arguments(recipe)
+    if args.gradient_checkpointing_kwargs or args.activation_offloading or not args.fuse:
+        raise TrainError(
+            "this recipe leaves the memory of activations to Transformers, which is not planned: remove "
+            "gradient_checkpointing_kwargs, activation_offloading and fuse: false."
+        )
+    check_policy(args.activation_policy)
+    check_adapter(recipe)
+    precision = model_precision(recipe)
+    config = check_model(
+        model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
+    )
+    model = _without_weights(config, recipe, precision)
+    if reason := why_not_planned(model):
+        raise ModelError(f"{recipe.model} cannot be planned, because {reason}: train it, and see what the report says.")
+    room, device, flops = _device(memory_gib)
+    compute = torch.float16 if args.fp16 or precision == "fp16" else torch.bfloat16
+    if recipe.training.get("bf16") is False and precision == "fp32":
+        compute = torch.float32
+    processes = max(1, torch.cuda.device_count())
+    rows, length = args.per_device_train_batch_size, recipe.max_length
+    memory = step_memory(model, args, rows * length, compute, precision=precision, processes=processes)
+    here = host_bytes() if memory_gib is None else OTHER_HOST
+    rates = estimated_rates(
+        memory.model, rows * length, length, flops,
+        fp8=precision == "fp8", host_rate=known_host_rate(device), host_bytes=here,
+    )  # fmt: skip
+
+    policy = args.activation_policy if args.gradient_checkpointing else "keep"
+    if policy in POLICIES:
+        plan = ActivationPlan(policy, choose(policy, memory, room, rates))
+    else:
+        plan = load_plan(policy, len(memory.model.layers))
+    plan.tokens, plan.predicted_peak = memory.tokens, memory.peak(plan.choices)
+    plan.device_bytes, plan.terms = room.device, memory.terms(plan.choices)
+    fits = room.fits(memory, plan.choices)
+    mend = None if fits else advice(policy, memory, room, rates, rows, length)
+    evaluation = _evaluation_peak(recipe, memory, args)
+    if fits and evaluation is not None and evaluation > room.available:
+        fits = False
+        mend = f"lower per_device_eval_batch_size from {args.per_device_eval_batch_size}"
+    seconds = layer_seconds(memory, plan.choices, rates) + head_seconds(memory.model, memory.tokens, flops)
+    return RecipePlan(
+        plan=plan,
+        fits=fits,
+        mend=mend,
+        margin=room.needed(memory, plan.choices) - plan.predicted_peak,
+        evaluation_peak=evaluation,
+        tokens_per_second=memory.tokens / seconds,
+        flops=flops,
+        device=device,
+    )
+
+
+def _without_weights(config: PreTrainedConfig, recipe: Recipe, precision: str) -> Any:
+    """The recipe's model on the meta device, in the dtype that it would have, with its adapter."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=recipe.training.get("trust_remote_code", False)
+        )
+    model.to(DTYPES.get(precision, torch.bfloat16))
+    if recipe.adapter is not None:
+        return get_peft_model(model, PeftConfig.from_pretrained(recipe.adapter))
+    if recipe.lora:
+        return add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
+    return model
+
+
+def _device(memory_gib: float | None) -> tuple[Room, str, float]:
+    """What there is to fit into, the GPU's name and its FLOP/s: measured here, known, or taken to be an H100's."""
+    here = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if here else UNKNOWN_GPU
+    flops = known_flops(name) or (measured_flops(torch.device("cuda")) if here else None)
+    assert flops is not None
+    if memory_gib is not None:
+        total = round(memory_gib * GIB)
+        return Room(total - CONTEXT, total), name, flops
+    if not here:
+        raise TrainError("there is no GPU here: say for which memory to plan, --memory 80 for one of 80 GiB.")
+    free, total = torch.cuda.mem_get_info()
+    return Room(free + torch.cuda.memory_reserved(), total), name, flops
+
+
+def _evaluation_peak(recipe: Recipe, memory: StepMemory, args: Any) -> int | None:
+    if recipe.eval_data is None:
+        return None
+    return memory.evaluation_peak(args.per_device_eval_batch_size * recipe.max_length, full_logits=False)
+
+
+def print_recipe_plan(found: RecipePlan, console: Console) -> None:
+    """The choice, where the memory goes, whether it fits, and the estimated speed."""
+    plan = found.plan
+    assert plan.predicted_peak is not None and plan.device_bytes is not None
+    console.print(
+        f"{plan.tokens:,} tokens a micro-batch; activation policy {plan.policy}: {plan.in_words}", soft_wrap=True
+    )
+    table = Table(title="Where the memory goes", title_justify="left", title_style="bold", box=None)
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    for name, size in plan.terms.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_row("peak", f"{plan.predicted_peak / GIB:.2f}", style="bold")
+    table.add_row(f"margin ({MARGIN:.0%} of the device, and fragmentation)", f"{found.margin / GIB:.2f}")
+    console.print(table)
+    if len(set(plan.choices)) > 1:
+        console.print(f"Layers, first to last: {plan.runs}.", soft_wrap=True)
+    if found.evaluation_peak is not None:
+        console.print(f"Evaluation: peak {found.evaluation_peak / GIB:.1f} GiB.")
+    console.print(
+        f"About {found.tokens_per_second:,.0f} tokens/s a GPU: an estimate from FLOPs, with {found.flops / 1e12:.0f} "
+        f"TFLOP/s of {found.device}.",
+        soft_wrap=True,
+    )
+    verdict = "[bold green]It fits." if found.fits else f"[bold red]It does not fit:[/] {found.mend}."
+    console.print(verdict, soft_wrap=True)

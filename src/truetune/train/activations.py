@@ -1,0 +1,273 @@
+"""A trainer's activation plan: chosen from sizes when the trainer is made, corrected by a rehearsal before training."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from truetune.models.errors import ModelError
+from truetune.models.memory import StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
+from truetune.models.plan import (
+    GIB,
+    POLICIES,
+    ActivationPlan,
+    Rates,
+    Room,
+    advice,
+    choose,
+    fused_layers,
+    layer_seconds,
+    load_plan,
+    set_activations,
+)
+from truetune.models.rates import UNKNOWN_GPU, estimated_rates, host_bytes, known_flops, known_host_rate
+from truetune.train.errors import TrainError
+from truetune.train.rehearsal import Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
+
+logger = logging.getLogger(__name__)
+PLAN_FILE = "activation_plan.json"
+MOST_REHEARSALS = 5
+WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
+
+
+def check_policy(asked: str) -> None:
+    """Raises `TrainError` for what is neither a policy nor a file."""
+    if asked not in POLICIES and not Path(asked).is_file():
+        raise TrainError(
+            f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}, or a saved plan's path."
+        )
+
+
+def compute_dtype(args: Any, model: nn.Module) -> torch.dtype:
+    """What linears compute in: autocast's dtype, or the model's own."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return model.dtype  # type: ignore[return-value]
+
+
+def step_memory(
+    model: Any, args: Any, tokens: int, compute: torch.dtype, *, precision: str | None = None, processes: int = 1
+) -> StepMemory:
+    """The memory of `args`' step with this model, which may be on the meta device and not yet have its `precision`."""
+    shape = read_model(model, compute, precision)
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    return StepMemory(
+        model=shape,
+        tokens=tokens,
+        optimizer=optimizer_bytes(optimizer, shape.trained),
+        accumulates=args.gradient_accumulation_steps > 1,
+        buckets=processes > 1,
+        optimizer_step=optimizer_step_bytes(optimizer, shape.trained),
+    )
+
+
+class Activations:
+    """The plan of one trainer whose every layer is fused: what it was chosen from, and what came of it."""
+
+    def __init__(self, trainer: Any, policy: str) -> None:
+        self.trainer = trainer
+        self.policy = policy
+        self.layers = fused_layers(trainer.model)
+        self.device = next(self.layers[0].parameters()).device
+        self.on_gpu = self.device.type == "cuda"
+        compute = compute_dtype(trainer.args, trainer.model)
+        processes = trainer.accelerator.num_processes
+        memory = step_memory(trainer.model, trainer.args, trainer.token_budget(), compute, processes=processes)
+        self.memory = replace(memory, full_logits=trainer.compute_loss_func is not None)
+        self.room = self._room()
+        self.rates = self._estimated_rates()
+        self.notes: list[str] = []
+        if policy in POLICIES:
+            # On a CPU there is nothing to gain: all memory is the host's, and recomputing costs what it costs.
+            chosen = choose(policy, self.memory, self.room, self.rates) if self.room else self._without_gpu(policy)
+            self.plan = ActivationPlan(policy, chosen)
+        else:
+            try:
+                self.plan = load_plan(policy, len(self.layers))
+            except ModelError as error:
+                raise TrainError(str(error)) from error
+        self._apply(self.plan.choices)
+
+    @property
+    def in_words(self) -> str:
+        return self.plan.in_words
+
+    def save(self, directory: str | Path) -> None:
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self.plan.save(path / PLAN_FILE)
+
+    # -- before the first step
+
+    def rehearse(self) -> None:
+        """Runs the largest batch under the plan, and changes the plan until it fits, or is the fastest that does.
+
+        Raises `TrainError` where nothing fits, with what to lower to what.
+        """
+        batch = self.trainer.largest_batch()
+        if batch is None:
+            self.notes.append("not rehearsed: the lengths of the data are not known before it is read")
+            return
+        tokens = batch["input_ids"].numel()
+        self.memory = replace(self.memory, tokens=tokens)
+        fitting: tuple[str, ...] | None = None
+        failed: set[tuple[str, ...]] = set()
+        for _ in range(MOST_REHEARSALS):
+            choices = self.plan.choices
+            found = self._agreed(rehearse(self.trainer, batch))
+            if self.room is None:
+                break
+            if found.peak is None:
+                failed.add(choices)
+                self.memory = replace(self.memory, correction=self.memory.correction * 1.2)
+            else:
+                self._learn(found, choices)
+            fits = found.peak is not None and self.memory.peak(choices) <= self.room.available
+            fitting = choices if fits else fitting
+            following = choose(self.policy, self.memory, self.room, self.rates) if self._may_change else choices
+            if fits and (following in failed or not self._worth_it(following, choices)):
+                break
+            if following == choices or following in failed:
+                following = self._leanest if self._may_change else choices
+            if following == choices or following in failed:
+                raise TrainError(self._does_not_fit())
+            self._apply(following)
+        else:
+            if fitting is None:
+                raise TrainError(self._does_not_fit())
+            self._apply(fitting)
+        self._rehearse_evaluation()
+
+    @property
+    def _may_change(self) -> bool:
+        return self.policy in ("auto", "offload")
+
+    def _worth_it(self, following: tuple[str, ...], choices: tuple[str, ...]) -> bool:
+        if following == choices:
+            return False
+        assert self.room is not None
+        if not self.room.fits(self.memory, choices):  # it ran, but nearer to the edge than the margin allows
+            return self.room.fits(self.memory, following)
+        now, then = (layer_seconds(self.memory, each, self.rates) for each in (choices, following))
+        return then < now * (1 - WORTH_IT)
+
+    @property
+    def _leanest(self) -> tuple[str, ...]:
+        assert self.room is not None
+        return choose(self.policy, self.memory, replace(self.room, available=0), self.rates)
+
+    def _learn(self, found: Rehearsed, choices: tuple[str, ...]) -> None:
+        """Corrects the predictions by what was measured."""
+        assert found.peak is not None
+        bare = replace(self.memory.before_first_step(), correction=1.0)
+        predicted = bare.peak(choices) - bare.held
+        self.memory = replace(self.memory, correction=(found.peak - found.before) / max(1, predicted))
+        self.plan.measured_peak = found.peak
+        if found.layer_seconds:
+            scale = found.layer_seconds / self.rates.forward
+            self.rates = replace(
+                self.rates,
+                forward=found.layer_seconds,
+                backward=self.rates.backward * scale,
+                recompute=self.rates.recompute * scale,
+                host_rate=measured_host_rate(self.device) if self._may_change else self.rates.host_rate,
+            )
+        self._describe()
+
+    def _rehearse_evaluation(self) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.eval_dataset is None or str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+            return
+        batch = trainer.largest_batch(evaluation=True)
+        if batch is None:
+            return
+        tokens, full_logits = batch["input_ids"].numel(), trainer.evaluates_with_logits()
+        fits = rehearse_evaluation(trainer, batch, full_logits)
+        if self.room is not None and self._anywhere(not fits):
+            size = args.per_device_eval_batch_size
+            smaller = next(
+                (n for n in range(size - 1, 0, -1)
+                 if self.memory.evaluation_peak(tokens * n // size, full_logits) <= self.room.available), None
+            )  # fmt: skip
+            mend = (
+                f"lower per_device_eval_batch_size from {size} to {smaller or 1}"
+                if size > 1
+                else f"set prediction_loss_only=True, or evaluate on rows shorter than {tokens} tokens"
+            )
+            raise TrainError(f"The largest evaluation batch ({tokens:,} tokens) runs out of device memory: {mend}.")
+
+    # -- what the choice is made from
+
+    def _room(self) -> Room | None:
+        if not self.on_gpu:
+            return None
+        torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        ours, used = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
+        available = self._over_ranks(free + ours, torch.distributed.ReduceOp.MIN)
+        # Whatever else lies on the device is counted with the weights.
+        weights = self._over_ranks(used, torch.distributed.ReduceOp.MAX)
+        self.memory = replace(self.memory, model=replace(self.memory.model, weights=weights))
+        return Room(available, total)
+
+    def _estimated_rates(self) -> Rates:
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else UNKNOWN_GPU
+        flops = known_flops(name) or known_flops(UNKNOWN_GPU)
+        assert flops is not None
+        length = self.trainer.args.max_length or self.memory.tokens
+        pinned = self._over_ranks(host_bytes(), torch.distributed.ReduceOp.MIN) if self.on_gpu else 0
+        return estimated_rates(
+            self.memory.model, self.memory.tokens, length, flops, host_rate=known_host_rate(name), host_bytes=pinned
+        )
+
+    def _without_gpu(self, policy: str) -> tuple[str, ...]:
+        return (policy if policy in ("keep", "lean", "offload") else "keep",) * len(self.layers)
+
+    def _agreed(self, found: Rehearsed) -> Rehearsed:
+        """The worst of all ranks, so that all choose alike."""
+        maximum = torch.distributed.ReduceOp.MAX
+        failed = self._anywhere(found.peak is None)
+        peak = self._over_ranks((found.peak or 0) - found.before, maximum)
+        before = self._over_ranks(found.before, maximum)
+        nanoseconds = self._over_ranks(round((found.layer_seconds or 0.0) * 1e9), maximum)
+        return Rehearsed(None if failed else before + peak, before, nanoseconds / 1e9 or None)
+
+    def _anywhere(self, here: bool) -> bool:
+        return bool(self._over_ranks(int(here), torch.distributed.ReduceOp.MAX))
+
+    def _over_ranks(self, value: int, operation: Any) -> int:
+        if self.trainer.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.trainer.accelerator.device)
+        torch.distributed.all_reduce(tensor, operation)
+        return int(tensor)
+
+    # -- putting it in, and saying so
+
+    def _apply(self, choices: tuple[str, ...]) -> None:
+        set_activations(self.layers, choices)
+        self.plan = ActivationPlan(self.plan.policy, choices)
+        self._describe()
+
+    def _describe(self) -> None:
+        plan = self.plan
+        plan.tokens, plan.correction = self.memory.tokens, self.memory.correction
+        if self.room is not None:
+            plan.predicted_peak = self.memory.peak(plan.choices)
+            plan.device_bytes = self.room.device
+            plan.terms = self.memory.terms(plan.choices)
+
+    def _does_not_fit(self) -> str:
+        assert self.room is not None
+        args = self.trainer.args
+        batch_size = args.per_device_train_batch_size
+        length = self.memory.tokens // batch_size
+        mend = advice(self.policy, self.memory, self.room, self.rates, batch_size, length)
+        needed = self.memory.peak(self.plan.choices) / GIB
+        return (
+            f"The largest batch ({self.memory.tokens:,} tokens) needs about {needed:.1f} GiB of device memory, and "
+            f"{self.room.available / GIB:.1f} GiB are there: {mend}."
+        )

@@ -1,0 +1,44 @@
+"""The largest batch that a trainer can meet, without a look at its data loader, whose order it must not change."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from truetune.data.collate import UnpaddingCollator
+
+
+def document_lengths(documents: datasets.Dataset) -> np.ndarray:
+    """Tokens of each document, int64 [D], read from the Arrow offsets without loading the tokens."""
+    import pyarrow.compute as pc
+
+    table = documents.with_format("arrow").select_columns(["input_ids"])[:]
+    return pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+
+
+def row_lengths(dataset: Any) -> np.ndarray | None:
+    """Tokens of each row of a prepared data set (of several: of all), or None where they cannot be known unread."""
+    if isinstance(dataset, dict):
+        lengths = [row_lengths(part) for part in dataset.values()]
+        known = [part for part in lengths if part is not None]
+        return np.concatenate(known) if known and len(known) == len(lengths) else None
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names or not len(dataset):
+        return None
+    return document_lengths(dataset)
+
+
+def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
+    """The places of the `count` largest, the first of equals."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return order[:count].tolist()
+
+
+def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[str, Any] | None:
+    """The longest rows through the trainer's own collator, as its data loader would hand them over."""
+    lengths = row_lengths(dataset)
+    if lengths is None or isinstance(dataset, dict):
+        return None
+    rows = trainer._remove_unused_columns(dataset, description="rehearsal")
+    collate = trainer.data_collator if trainer._unpadding_off else UnpaddingCollator(trainer.data_collator)
+    return collate([rows[i] for i in longest(lengths, batch_size)])

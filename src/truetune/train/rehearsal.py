@@ -1,0 +1,168 @@
+"""The largest batch, forward and backward, before the first step: what it needs, how long a layer takes, no trace left.
+
+There is no optimizer yet and no DDP round the model, so ranks do not wait for each other: one may run out of memory
+where another does not. What they found they compare afterwards.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from truetune.models.plan import fused_layers
+
+HOST_COPY = 2**26  # bytes of the copy that is timed
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """`peak`: device bytes, None where memory ran out; `before`: those in use when it began. `layer_seconds`: of one
+    layer's forward pass, None without a GPU."""
+
+    peak: int | None
+    before: int
+    layer_seconds: float | None = None
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Random states, gradients, buffers and training modes are afterwards what they were before."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
+               for module in model.modules() for name, buffer in module._buffers.items()]  # fmt: skip
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, name, buffer, copy in buffers:
+            module._buffers[name] = buffer
+            if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+                buffer.copy_(copy)
+        for module, mode in modes:
+            module.training = mode
+
+
+def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
+    """`batch` forward and backward with `trainer`'s model, loss and precision; its gradients are dropped."""
+    device = next(trainer.model.parameters()).device
+    if device.type != "cuda":
+        with untouched(trainer.model):
+            _forward_backward(trainer, batch)
+        return Rehearsed(0, 0)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        clock = _LayerClock(trainer.model)
+        peak = seconds = None
+        with untouched(trainer.model):
+            try:
+                _forward_backward(trainer, batch)
+                torch.cuda.synchronize()
+                peak, seconds = torch.cuda.max_memory_allocated(), clock.seconds()
+            except torch.cuda.OutOfMemoryError:
+                pass  # the frames that hold its tensors are gone once this block is left
+            finally:
+                clock.stop()
+        if peak is None:
+            _forget_failure(trainer.model)
+        return Rehearsed(peak, before, seconds)
+
+
+def rehearse_evaluation(trainer: Any, batch: Mapping[str, Any], full_logits: bool) -> bool:
+    """Whether a batch without gradients fits."""
+    with untouched(trainer.model), torch.no_grad():
+        trainer.model.eval()
+        try:
+            inputs = trainer._prepare_inputs(dict(batch))
+            with trainer.accelerator.autocast():
+                if full_logits:
+                    inputs.pop("loss_rows", None)
+                    trainer.model(**inputs, use_cache=False)
+                else:
+                    trainer.fused_outputs(trainer.model, inputs, _num_items(batch))
+        except torch.cuda.OutOfMemoryError:
+            fits = False
+        else:
+            fits = True
+    if not fits:
+        _forget_failure(trainer.model)
+    return fits
+
+
+def _forward_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(dict(batch))
+    num_items = _num_items(batch)
+    with trainer.accelerator.autocast():
+        if trainer.compute_loss_func is not None:
+            labels = inputs.pop("labels")
+            inputs.pop("loss_rows", None)
+            outputs = trainer.model(**inputs, use_cache=False)
+            loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        else:
+            loss = trainer.fused_outputs(trainer.model, inputs, num_items).loss
+    loss.backward()
+
+
+def _num_items(batch: Mapping[str, Any]) -> int:
+    return max(1, int((batch["labels"][..., 1:] != -100).sum()))
+
+
+def _forget_failure(model: nn.Module) -> None:
+    for layer in fused_layers(model):
+        host = vars(layer)["activations"].host if "activations" in vars(layer) else None
+        if host is not None:
+            host.forget()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+class _LayerClock:
+    """Times the forward pass of a layer in the middle: the layers before it have compiled what it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = fused_layers(model)
+        layer = layers[len(layers) // 2]
+        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.handles = [
+            layer.register_forward_pre_hook(lambda *_: self.begin.record()),
+            layer.register_forward_hook(lambda *_: self.end.record()),
+        ]
+
+    def seconds(self) -> float:
+        return self.begin.elapsed_time(self.end) / 1e3
+
+    def stop(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def measured_host_rate(device: torch.device) -> float:
+    """Bytes a second of a copy from the device to pinned memory."""
+    data = torch.empty(HOST_COPY, dtype=torch.uint8, device=device)
+    host = torch.empty(HOST_COPY, dtype=torch.uint8, pin_memory=True)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    host.copy_(data, non_blocking=True)
+    begin.record()
+    for _ in range(4):
+        host.copy_(data, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return 4 * HOST_COPY / (begin.elapsed_time(end) / 1e3)

@@ -1,0 +1,283 @@
+"""The memory model is what blocks really save; the choice made from it fits, and is the fastest that does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from models.test_fuse import MODELS, SIZES, make, packed_batch, with_lora
+from truetune.models.errors import ModelError
+from truetune.models.fuse import fuse
+from truetune.models.memory import (
+    CHOICES,
+    StepMemory,
+    optimizer_bytes,
+    quantized_bytes,
+    read_model,
+    saved_tensors,
+    why_not_planned,
+)
+from truetune.models.plan import (
+    ActivationPlan,
+    Rates,
+    Room,
+    advice,
+    choose,
+    fused_layers,
+    layer_seconds,
+    load_plan,
+    set_activations,
+)
+
+GIB = 2**30
+FAMILIES = [name for name in MODELS if name != "qwen3_moe"]
+
+
+# The CPU's attention puts the documents' outputs together, and its windows and softcaps are masks and logits: without
+# them it saves one output more than a GPU's kernels do.
+WITHOUT_MASKS = {name: {"sliding_window": 64} for name in ("mistral", "gemma3_text")} | {
+    "gemma2": {"sliding_window": 64, "attn_logit_softcapping": None}
+}
+
+
+def saved_bytes(model, batch) -> list[int]:
+    """Bytes that autograd really saves in each layer's forward pass; parameters and shared rotary tables left out."""
+    tables, running, seen = set(), [], []
+
+    def pack(tensor):
+        if running and not (tensor.is_leaf and tensor.requires_grad) and tensor.data_ptr() not in tables:
+            seen[-1][tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    def begin(layer, args, kwargs):
+        tables.update(table.data_ptr() for table in kwargs["position_embeddings"])
+        running.append(layer)
+        seen.append({})
+
+    layers = fused_layers(model)
+    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(lambda *_: running.clear()) for layer in layers]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**batch)
+    for handle in handles:
+        handle.remove()
+    assert output.logits.requires_grad
+    return [sum(sizes.values()) for sizes in seen]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_layer_saves_the_bytes_that_the_model_says(model_type, trained, autocast, choice):
+    model = make(model_type, **WITHOUT_MASKS.get(model_type, {}))
+    if trained == "lora":
+        model = with_lora(model)
+    fuse(model)
+    set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
+    shape = read_model(model, torch.bfloat16 if autocast else torch.float32)
+    tokens = 40
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        measured = saved_bytes(model, packed_batch((17, 20, 3)))
+    for layer, found in zip(shape.layers, measured, strict=True):
+        saved = saved_tensors(layer, shape.compute, shape.residual, choice in ("recompute", "lean"))
+        joined_output = shape.compute * layer.query
+        assert found == tokens * (sum(tensor.bytes_a_token for tensor in saved) + joined_output)
+
+
+# -- what is held
+
+
+def test_a_model_without_weights_weighs_what_the_loaded_one_does():
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.device("meta"):
+            planned = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, tie_word_embeddings=True)).to(dtype)
+        loaded = make("qwen3", tie_word_embeddings=True).to(dtype)
+        shape = read_model(planned, torch.bfloat16)
+        weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
+        buffers = sum(b.numel() * b.element_size() for b in loaded.buffers())
+        assert shape.weights == pytest.approx(weights + buffers, rel=1e-3)  # the rotary table stays fp32
+        assert shape.tied
+        assert shape.gradients == weights
+
+
+def test_nf4_is_predicted_to_the_byte(tmp_path):
+    from truetune.models.load import load_model
+
+    config = LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loaded = with_lora(load_model(tmp_path, "nf4"))
+    with torch.device("meta"):
+        planned = with_lora(AutoModelForCausalLM.from_config(config).float())
+    real, predicted = read_model(loaded, torch.float32), read_model(planned, torch.float32, "nf4")
+    assert predicted.weights == pytest.approx(real.weights, rel=1e-3)
+    assert predicted.layers[0].made == real.layers[0].made != (0, 0)
+    assert predicted.layers == tuple(replace(layer, gradients=predicted.layers[0].gradients) for layer in real.layers)
+    assert 8 * quantized_bytes(4096, 14336, "nf4") / (4096 * 14336) == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad"])
+def test_optimizer_state_is_what_the_optimizer_allocates(name):
+    parameters = [torch.nn.Parameter(torch.randn(300, 40)), torch.nn.Parameter(torch.randn(70).bfloat16())]
+    classes = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    optimizer = classes.get(name, torch.optim.AdamW)(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [s for state in optimizer.state.values() for s in state.values() if torch.is_tensor(s) and s.dim()]
+    real = sum(s.numel() * s.element_size() for s in states)
+    assert optimizer_bytes(name, [(p.numel(), p.element_size()) for p in parameters]) == real
+
+
+def test_8_bit_and_paged_states_are_counted_as_bitsandbytes_keeps_them():
+    big, small = (1 << 20, 4), (4000, 4)
+    assert optimizer_bytes("adamw_8bit", [big]) == 2 * (2**20 + 4 * 2**12)
+    assert optimizer_bytes("adamw_8bit", [small]) == 2 * 4 * 4000
+    assert optimizer_bytes("paged_adamw_8bit", [big, small]) == 0
+
+
+# -- the choice
+
+
+@pytest.fixture(scope="module")
+def llama_8b() -> StepMemory:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = with_lora(AutoModelForCausalLM.from_config(config).to(torch.bfloat16))
+        model = model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    shape = read_model(model, torch.bfloat16)
+    return StepMemory(shape, tokens=16384, optimizer=optimizer_bytes("adamw_torch", shape.trained))
+
+
+RATES = Rates(forward=13e-3, backward=20e-3, recompute=5e-3, host_rate=50e9, host_bytes=10**12)
+SLOW_HOST = replace(RATES, host_rate=5e9)
+NO_HOST = replace(RATES, host_bytes=0)
+ROOMS = [Room(round(gib * GIB), 80 * GIB) for gib in (18, 22, 24, 26, 30, 35, 40, 50, 60, 70, 79, 140)]
+
+
+@pytest.mark.parametrize("policy", ["auto", "offload"])
+@pytest.mark.parametrize("rates", [RATES, SLOW_HOST, NO_HOST], ids=["host", "slow host", "no host"])
+def test_the_choice_fits_and_more_memory_is_never_slower(llama_8b, rates, policy):
+    seconds = []
+    for room in ROOMS:
+        choices = choose(policy, llama_8b, room, rates)
+        if not room.fits(llama_8b, choices):
+            others = [choose(policy, llama_8b, larger, rates) for larger in ROOMS]
+            assert all(room.needed(llama_8b, choices) <= room.needed(llama_8b, other) for other in others)
+            assert not seconds  # what fits once fits with more
+            continue
+        seconds.append(layer_seconds(llama_8b, choices, rates))
+    assert len(seconds) >= 3
+    assert seconds == sorted(seconds, reverse=True)
+    assert choose(policy, llama_8b, ROOMS[-1], rates) == ("keep",) * 32
+
+
+def test_the_choice_is_the_fastest_of_all_mixes_of_a_small_model(llama_8b):
+    from itertools import product
+
+    memory = replace(llama_8b, model=replace(llama_8b.model, layers=llama_8b.model.layers[:4]))
+    kinds = ("keep", "host", "recompute", "lean")
+    all_mixes = list(product(kinds, repeat=4))
+    for rates in (RATES, SLOW_HOST, NO_HOST):
+        allowed = [mix for mix in all_mixes if rates.host_bytes or not {"host", "lean"} & set(mix)]
+        for available in range(memory.peak(("lean",) * 4), memory.peak(("keep",) * 4) + GIB, GIB // 2):
+            room = Room(available, 0)
+            fitting = [layer_seconds(memory, mix, rates) for mix in allowed if room.fits(memory, mix)]
+            if fitting:
+                chosen = layer_seconds(memory, choose("auto", memory, room, rates), rates)
+                assert chosen <= min(fitting) * 1.06  # three kinds in one mix are not looked at
+
+
+def test_the_last_layers_keep_theirs(llama_8b):
+    choices = choose("auto", llama_8b, Room(45 * GIB, 80 * GIB), NO_HOST)
+    kept = choices.count("keep")
+    assert 0 < kept < 32
+    assert choices == ("recompute",) * (32 - kept) + ("keep",) * kept
+
+
+def test_the_host_is_used_while_its_copies_hide(llama_8b):
+    room = Room(60 * GIB, 80 * GIB)
+    assert set(choose("auto", llama_8b, room, RATES)) == {"keep", "host"}
+    assert "recompute" in choose("auto", llama_8b, room, SLOW_HOST)
+    few = replace(RATES, host_bytes=10 * 2**20)  # nothing to pin
+    assert set(choose("auto", llama_8b, room, few)) == {"keep", "recompute"}
+
+
+def test_fixed_policies_and_terms(llama_8b):
+    room = ROOMS[3]
+    assert choose("keep", llama_8b, room, RATES) == ("keep",) * 32
+    assert choose("lean", llama_8b, room, RATES) == ("lean",) * 32
+    assert choose("lean", llama_8b, room, NO_HOST) == ("recompute",) * 32
+    for choices in (("keep",) * 32, ("lean",) * 32, ("lean",) * 10 + ("host",) * 22):
+        terms = llama_8b.terms(choices)
+        assert sum(terms.values()) == llama_8b.peak(choices)
+        assert min(terms.values()) > 0
+    peaks = [llama_8b.peak((choice,) * 32) for choice in ("keep", "host", "recompute", "lean")]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_correction_scales_what_is_not_held(llama_8b):
+    twice = replace(llama_8b, correction=2.0)
+    keep = ("keep",) * 32
+    assert twice.held == llama_8b.held
+    assert twice.peak(keep) - twice.held == pytest.approx(2 * (llama_8b.peak(keep) - llama_8b.held), abs=2)
+
+
+def test_the_advice_works(llama_8b):
+    """What is named fits, and one more does not."""
+    lean = ("lean",) * 32
+    room = Room(17 * GIB, 0)
+    assert not room.fits(llama_8b, lean)
+    text = advice("auto", llama_8b, room, RATES, 4, 4096)
+    assert text.startswith("lower per_device_train_batch_size from 4 to ")
+    rows = int(text.rsplit(" ", 1)[1])
+    assert room.fits(replace(llama_8b, tokens=rows * 4096), lean)
+    assert not room.fits(replace(llama_8b, tokens=(rows + 1) * 4096), lean)
+    text = advice("auto", llama_8b, room, RATES, 1, 16384)
+    length = int(text.rsplit(" ", 1)[1])
+    assert text == f"lower max_length from 16384 to {length}"
+    assert room.fits(replace(llama_8b, tokens=length), lean)
+    assert not room.fits(replace(llama_8b, tokens=length + 256), lean)
+    assert advice("keep", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
+    assert "qlora" in advice("auto", llama_8b, Room(10 * GIB, 0), RATES, 4, 4096)
+
+
+# -- saved plans
+
+
+def test_a_plan_is_read_back(tmp_path):
+    plan = ActivationPlan("auto", ("lean",) * 12 + ("keep",) * 20, 16384, round(61.2 * GIB), None, 139 * GIB)
+    assert plan.in_words == "keep 20 of 32 layers, 12 lean; predicted peak 61.2 GiB of 139"
+    assert plan.runs == "12 lean, 20 keep"
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(str(tmp_path / "plan.json"), 32).choices == plan.choices
+    with pytest.raises(ModelError, match="is for 32 layers, not for 28: use auto"):
+        load_plan(str(tmp_path / "plan.json"), 28)
+    (tmp_path / "plan.json").write_text(json.dumps({"choices": ["keep", "sometimes"]}))
+    with pytest.raises(ModelError, match="'sometimes': a layer's choices are keep, host"):
+        load_plan(str(tmp_path / "plan.json"), 2)
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_plan(str(tmp_path / "plan.json"), 2)
+
+
+def test_what_is_not_known_is_not_planned():
+    assert why_not_planned(make("llama")) is None
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+    assert why_not_planned(model) == "GPT2LMHeadModel is not an architecture that is fused"
+
+
+def test_experts_are_planned_by_an_estimate():
+    model = with_lora(make("qwen3_moe"), target_modules=["q_proj", "v_proj"])
+    shape = read_model(model, torch.float32)
+    assert [layer.intermediate > 0 for layer in shape.layers] == [False, True, False]
+    assert shape.layers[0].other_mlp > 0

@@ -1,0 +1,288 @@
+"""Activation policies in the trainer: no loss changes, nothing else checkpoints, a rehearsal leaves no trace."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from truetune.models.attention import attention_calls
+from truetune.models.plan import Rates, Room
+from truetune.train import activations as activations_module
+from truetune.train.config import SFTConfig
+from truetune.train.errors import TrainError
+from truetune.train.recipe_trainer import RecipeTrainer
+from truetune.train.rehearsal import Rehearsed
+from truetune.train.trainer import SFTTrainer
+
+LAYERS = 4
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+DOCUMENTS = Dataset.from_list(
+    [{"input_ids": [(7 * i + j) % 97 + 3 for j in range(n)], "labels": [(7 * i + j) % 97 + 3 for j in range(n)]}
+     for i, n in enumerate([20, 31, 9, 44, 17, 28, 12, 40, 25, 33, 6, 38])]
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    def make(trainer_class=RecipeTrainer, peft=None, train_dataset=DOCUMENTS, eval_dataset=None, **fields):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=fields.pop("dropout", 0.0),
+        )  # fmt: skip
+        settings = {
+            "output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "bf16": False,
+            "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "max_length": 64,
+            "learning_rate": 1e-2,
+        }  # fmt: skip
+        return trainer_class(
+            LlamaForCausalLM(config), SFTConfig(**settings | fields), train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=tokenizer, peft_config=peft,
+        )  # fmt: skip
+
+    return make
+
+
+def trajectory(trainer) -> list[tuple]:
+    trainer.train()
+    names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def line(trainer):
+    return next(line for line in trainer.report.lines if line.part == "activations")
+
+
+# -- policies
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_no_policy_changes_a_loss(make, peft):
+    plain = trajectory(make(peft=peft, gradient_checkpointing=False))
+    assert len(plain) == 3
+    assert plain[0][0] != plain[2][0]
+    for policy in ("auto", "keep", "lean", "offload"):
+        assert trajectory(make(peft=peft, activation_policy=policy)) == plain
+
+
+def counted_calls(trainer) -> tuple[int, int]:
+    """Attention's calls in a training: all of them, and those of the forward passes, as the report counted them."""
+    before = attention_calls.total()
+    trainer.train()
+    forward_calls = sum(trainer.report.attention_calls.values())
+    assert forward_calls == LAYERS * trainer.report.packed_batches > 0
+    return attention_calls.total() - before, forward_calls
+
+
+@pytest.mark.parametrize("policy", ["auto", "keep", "lean", "offload"])
+def test_nothing_checkpoints_behind_the_policy(make, policy):
+    """A layer that Transformers checkpoints runs its forward pass, and so its attention, a second time."""
+    trainer = make(activation_policy=policy)
+    calls, forward_calls = counted_calls(trainer)
+    assert calls == forward_calls
+
+
+def test_what_asks_for_transformers_checkpointing_gets_it(make):
+    trainer = make(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert line(trainer).in_effect == "checkpointed by Transformers"
+    calls, forward_calls = counted_calls(trainer)
+    assert calls == 2 * forward_calls
+    assert trainer.activations is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_policy": "none"}, "'none' is unknown: use one of auto, keep, lean, offload, or a saved plan"),
+        ({"activation_policy": "lean", "gradient_checkpointing": False}, "gradient_checkpointing=False keeps every"),
+        ({"activation_policy": "lean", "fuse": False}, "not every layer is fused"),
+        (
+            {"activation_policy": "keep", "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            "gradient_checkpointing_kwargs select it",
+        ),
+    ],
+)
+def test_contradictions_are_errors(make, fields, message):
+    with pytest.raises(TrainError, match=message) as raised:
+        make(**fields)
+    assert str(raised.value).count(". ") == 0
+
+
+def test_a_saved_plan_is_saved_with_the_run_and_taken_again(make, tmp_path):
+    trainer = make(activation_policy="lean", save_strategy="steps", save_steps=2)
+    trainer.train()
+    path = tmp_path / "out" / "activation_plan.json"
+    saved = json.loads(path.read_text())
+    assert saved["choices"] == ["lean"] * LAYERS
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({**saved, "choices": ["lean", "recompute", "host", "keep"]}))
+    again = make(activation_policy=str(mixed))
+    assert [layer.activations.recompute for layer in again.activations.layers] == [True, True, False, False]
+    assert line(again).in_effect == "keep 1 of 4 layers, 1 host, 1 recompute, 1 lean"
+    assert trajectory(again) == trajectory(make())
+    mixed.write_text(json.dumps({**saved, "choices": ["keep"]}))
+    with pytest.raises(TrainError, match="is for 1 layers, not for 4"):
+        make(activation_policy=str(mixed))
+
+
+# -- the rehearsal
+
+
+def states(trainer):
+    model = trainer.model
+    return copy.deepcopy(
+        {
+            "python": random.getstate(),
+            "numpy": np.random.get_state()[1].tolist(),
+            "torch": torch.get_rng_state(),
+            "parameters": dict(model.named_parameters()),
+            "gradients": {name: p.grad for name, p in model.named_parameters()},
+            "buffers": dict(model.named_buffers()),
+            "modes": [module.training for module in model.modules()],
+            "metrics": trainer._metrics,
+            "device metrics": {mode: len(m._stats) for mode, m in trainer._device_metrics.items()},
+            "counted": [trainer.report.fused_losses, trainer.report.packed_batches, trainer.report.attention_calls],
+            "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
+        }
+    )
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@pytest.mark.parametrize("kind", ["recipe", "packed by TRL", "padded"])
+def test_a_rehearsal_leaves_no_trace(make, kind, tokenizer):
+    def trainer():
+        fields = {"dropout": 0.3}
+        if kind == "recipe":
+            return make(eval_dataset=DOCUMENTS, eval_strategy="steps", eval_steps=2, **fields)
+        return make(SFTTrainer, packing=kind == "packed by TRL", loss_type="dft", **fields)
+
+    def seed():
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    rehearsed, plain = trainer(), trainer()
+    seed()
+    rehearsed.model.eval()
+    before = states(rehearsed)
+    rehearsed.rehearse()
+    after = states(rehearsed)
+    for name in before:
+        assert same(before[name], after[name]), name
+    with_rehearsal = trajectory(rehearsed)
+    seed()
+    assert trajectory(plain) == with_rehearsal
+    parameters = zip(rehearsed.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in parameters)
+
+
+def test_gradients_from_before_stay(make):
+    trainer = make()
+    parameter = next(trainer.model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    trainer.rehearse()
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_the_largest_batch_is_rehearsed(make):
+    trainer = make()
+    fullest = sorted((sum(len(DOCUMENTS[i]["input_ids"]) for i in pack)
+                      for pack in trainer._sampler(DOCUMENTS, trainer.args.seed)), reverse=True)  # fmt: skip
+    assert trainer.largest_batch()["input_ids"].numel() == sum(fullest[:2])
+    assert trainer.token_budget() == 2 * 64
+    alone = make(SFTTrainer)
+    assert alone.largest_batch()["input_ids"].numel() == 44 + 40
+    assert alone.token_budget() == 2 * 44
+    stream = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset())
+    assert stream.largest_batch() is None
+    stream.rehearse()
+    assert "not rehearsed" in line(stream).why
+
+
+class Device:
+    """A device of `available` bytes, for which the model's predictions are wrong by `factor`: it answers rehearsals.
+
+    The layers are taken to be as wide as an 8B model's, so that what they save is what counts.
+    """
+
+    def __init__(self, trainer, available, factor: float) -> None:
+        self.activations, self.factor, self.rehearsed = trainer.activations, factor, []
+        memory = self.activations.memory
+        layer = replace(memory.model.layers[0], hidden=4096, query=4096, key=1024, intermediate=14336, gradients=0)
+        memory = replace(memory, model=replace(memory.model, layers=(layer,) * LAYERS), optimizer=0)
+        memory = replace(memory, tokens=trainer.largest_batch()["input_ids"].numel())
+        self.activations.memory = memory
+        available = available({choice: memory.peak((choice,) * LAYERS) for choice in ("keep", "recompute", "lean")})
+        self.activations.room = Room(available, 0)
+        self.activations.rates = Rates(1.0, 1.0, 0.5, host_rate=1e9, host_bytes=10**15)
+
+    def __call__(self, trainer, batch) -> Rehearsed:
+        plan = self.activations.plan.choices
+        self.rehearsed.append(plan)
+        memory = replace(self.activations.memory.before_first_step(), correction=1.0)
+        peak = memory.held + round(self.factor * (memory.peak(plan) - memory.held))
+        fits = peak <= self.activations.room.available
+        return Rehearsed(peak if fits else None, memory.held)
+
+
+@pytest.fixture
+def on_device(make, monkeypatch):
+    def on_device(available, factor, policy="auto"):
+        trainer = make(activation_policy=policy)
+        device = Device(trainer, available, factor)
+        monkeypatch.setattr(activations_module, "rehearse", device)
+        return trainer, device
+
+    return on_device
+
+
+def test_a_plan_that_needs_more_than_predicted_becomes_leaner(on_device):
+    trainer, device = on_device(lambda peak: peak["keep"] + 10_000, 1.3)
+    trainer.rehearse()
+    assert len(device.rehearsed) > 1
+    assert set(device.rehearsed[0]) == {"keep"}
+    assert device.rehearsed[-1] == trainer.activations.plan.choices != device.rehearsed[0]
+    assert trainer.activations.plan.measured_peak <= device.activations.room.available
+    assert line(trainer).in_effect == trainer.activations.plan.in_words
+    assert [layer.activations.recompute for layer in trainer.activations.layers] == [
+        choice in ("recompute", "lean") for choice in trainer.activations.plan.choices
+    ]
+
+
+def test_a_plan_that_needs_less_than_predicted_becomes_faster(on_device):
+    trainer, device = on_device(lambda peak: (peak["keep"] + peak["recompute"]) // 2, 0.5)
+    device.activations._apply(("recompute",) * LAYERS)
+    trainer.rehearse()
+    assert trainer.activations.plan.choices == ("keep",) * LAYERS
+    assert trainer.activations.plan.correction == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_never_fits_is_one_sentence_with_numbers(on_device):
+    trainer, device = on_device(lambda peak: round(0.75 * peak["lean"]), 1.0)
+    with pytest.raises(TrainError, match="GiB are there: lower per_device_train_batch_size from 2 to 1"):
+        trainer.rehearse()
+    trainer, device = on_device(lambda peak: peak["keep"] - 1000, 1.0, policy="keep")
+    with pytest.raises(TrainError, match="set activation_policy to auto"):
+        trainer.rehearse()
+    assert device.rehearsed == [("keep",) * LAYERS]
+
+
+def test_a_cpu_is_not_rehearsed_on(make, monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(activations_module, "rehearse", lambda *_: pytest.fail("rehearsed"))
+    trainer.train()
