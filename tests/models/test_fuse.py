@@ -178,22 +178,22 @@ def test_fp8_layers_compute_what_fp8_linears_compute(model_type, recompute):
     plain = loss_and_gradients(model, inputs)
     report = fuse(model)
     assert not report.left
-    set_activations(fused_layers(model), "lean" if recompute else "keep")
+    set_activations(fused_layers(model), ["recompute" if recompute else "keep"] * SIZES["num_hidden_layers"])
     ours = loss_and_gradients(model, inputs)
     assert errors(ours, plain).mean() < 0.1
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3"])
-def test_no_policy_changes_a_bit(model_type, trained):
+def test_no_choice_changes_a_bit(model_type, trained):
     model = make(model_type)
     if trained == "lora":
         model = with_lora(model)
     fuse(model)
     inputs = packed_batch()
     runs = []
-    for policy in ("keep", "lean", "offload"):
-        set_activations(fused_layers(model), policy)
+    for choice in ("keep", "recompute", "lean", "offload"):
+        set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
         runs.append(loss_and_gradients(model, inputs))
     for other in runs[1:]:
         assert torch.equal(other[0], runs[0][0])

@@ -4,7 +4,11 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from truetune import SFTConfig, SFTTrainer
+from truetune.train.errors import TrainError
 from truetune.train.stochastic_rounding import StochasticAdamW, stochastic_round
 
 
@@ -73,3 +77,33 @@ def test_a_resumed_run_goes_on_to_the_bit():
     torch.manual_seed(123)  # the draws are no one else's
     run(range(5, 10), *resumed)
     assert torch.equal(whole[0], resumed[0])
+
+
+def full_trainer(tmp_path, tokenizer, dtype=torch.bfloat16, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).to(dtype)
+    args = SFTConfig(
+        str(tmp_path), max_steps=3, learning_rate=1e-6, lr_scheduler_type="constant", bf16=False, use_cpu=True,
+        report_to=[], save_strategy="no", **options,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"text": "She sold 48 clips in April, and half as many in May."}] * 24)
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_full_fine_tuning_in_bf16_keeps_its_small_updates(tmp_path, tokenizer):
+    moved = {}
+    for rounding in (False, True):
+        trainer = full_trainer(tmp_path, tokenizer, stochastic_rounding=rounding)
+        layers = trainer.model.model.layers.state_dict()
+        before = {name: tensor.clone() for name, tensor in layers.items() if tensor.dim() > 1}
+        trainer.train()
+        moved[rounding] = sum((layers[name] != tensor).sum().item() for name, tensor in before.items())
+    assert moved[True] > 3 * moved[False]
+
+
+def test_what_cannot_be_rounded_is_an_error(tmp_path, tokenizer):
+    for options, cause in (({"dtype": torch.float32}, "nothing to round"), ({"optim": "sgd"}, "not sgd")):
+        trainer = full_trainer(tmp_path, tokenizer, stochastic_rounding=True, **options)
+        with pytest.raises(TrainError, match=cause):
+            trainer.create_optimizer()

@@ -15,6 +15,8 @@ class SFTConfig(trl.SFTConfig):
         of it beside LoRA.
     loraplus_lr_ratio: learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv:2402.12354);
         None: 1.
+    stochastic_rounding: AdamW that rounds updates of weights kept in bf16 up or down at random, so that small ones are
+        not lost; for full fine-tuning with bf16 weights, in four bytes a weight less than fp32 weights.
     fuse: run decoder layers of known architectures as fused blocks.
     activation_policy: what of a fused layer is kept for the backward pass: "keep" (nothing is recomputed but norms and
         the activation product), "lean" (the least device memory: what hides behind the compute goes to the host, the
@@ -32,6 +34,9 @@ class SFTConfig(trl.SFTConfig):
     )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of LoRA's B matrices over that of its A matrices."}
+    )
+    stochastic_rounding: bool = field(
+        default=False, metadata={"help": "AdamW whose updates of bf16 weights are rounded at random, and not lost."}
     )
     fuse: bool = field(default=True, metadata={"help": "Run decoder layers of known architectures as fused blocks."})
     activation_policy: str = field(

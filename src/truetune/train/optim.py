@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from truetune.train.errors import TrainError
+from truetune.train.stochastic_rounding import StochasticAdamW
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,19 @@ def set_learning_rates(
     if special:
         optimizer.param_groups[:] = groups
     return [_describe(name, group) for name, group in zip(names, groups, strict=True) if group["params"]]
+
+
+def stochastic_adamw(args: Any, model: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What `Trainer.get_optimizer_cls_and_kwargs` gives with `stochastic_rounding`. Raises `TrainError`."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise TrainError(
+            f"stochastic_rounding is for AdamW, not {optim}: set optim to adamw_torch_fused, or remove it."
+        )
+    if model is None or not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise TrainError("stochastic_rounding has nothing to round, because no bf16 weight is trained: remove it.")
+    betas = (args.adam_beta1, args.adam_beta2)
+    return StochasticAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "seed": args.seed}
 
 
 def _describe(name: str, group: dict) -> ParameterGroup:

@@ -52,7 +52,7 @@ class RecipeTrainer(SFTTrainer):
         return min(batch_size * self.args.max_length, max(2, int(document_lengths(dataset).sum())))
 
     def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
-        """The packs of the first epoch that hold most tokens; None of a stream, which is not known before it is read."""
+        """The packs of the first epoch that hold most tokens; None of a stream, which is not known unread."""
         dataset = self.eval_dataset if evaluation else self.train_dataset
         if isinstance(dataset, datasets.IterableDataset):
             return None

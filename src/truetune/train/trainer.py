@@ -28,7 +28,7 @@ from truetune.train.batches import batch_of_longest_rows, row_lengths
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
-from truetune.train.optim import set_learning_rates
+from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.report import TrainReport
 
 logger = logging.getLogger(__name__)
@@ -316,6 +316,12 @@ class SFTTrainer(trl.SFTTrainer):
         self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
 
     # -- optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        if own_setting(args, "stochastic_rounding"):
+            return stochastic_adamw(args, model)
+        return trl.SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, *args, **kwargs):
         given = self.optimizer
