@@ -1,12 +1,13 @@
 # make demo   set up, then the whole job on the built-in model and data
 # make test   set up, then the tests
 # make check  lint, format and types
+# make bench  truetune beside TRL on this GPU (benchmarks/compare.py has more recipes and peers)
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check bench format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +30,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/compare.py --systems truetune,trl --recipe 0.6b-lora --recipe 0.6b-qlora --recipe 0.6b-full
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

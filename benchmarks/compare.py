@@ -9,6 +9,7 @@ front of PYTHONPATH for the peers (flash-attn's names, where flash-attn itself i
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -147,7 +148,7 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
             dtype=torch.bfloat16,
             device_map={"": 0},
             quantization_config=quantization,
-            attn_implementation="flash_attention_2",
+            attn_implementation="flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa",
         )
         options |= {"padding_free": True, "use_liger_kernel": system == "liger"}
     args = SFTConfig(

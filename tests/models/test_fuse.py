@@ -23,6 +23,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 199, "max_position_embeddings": 256,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GPU_SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "head_dim": 128}
 MODELS = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 7},
@@ -359,3 +360,69 @@ def test_every_family_names_classes_that_transformers_has():
         module = importlib.import_module(path.rpartition(".")[0])
         for part in ("DecoderLayer", "Attention", "RMSNorm", "MLP"):
             assert hasattr(module, family.class_path(part).rpartition(".")[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnTheGpu:
+    def step(self, model, batch, labels, rows):
+        model.zero_grad()
+        arguments = {"labels": labels, "loss_rows": rows, "num_items": len(rows), "fused_loss": True}
+        loss = model(**batch, **arguments).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    def batch(self):
+        batch = packed_batch((700, 33, 1200, 115))
+        batch = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+        labels = batch["input_ids"].clone()
+        labels[batch["position_ids"] == 0] = -100
+        return batch, labels, (labels[0, 1:] != -100).nonzero().flatten()
+
+    def model(self, model_type="qwen3", precision="bf16"):
+        model = make(model_type, **GPU_SIZES).to("cuda", torch.bfloat16)
+        if precision == "fp8":
+            replace_linears_with_fp8(model)
+        model = with_lora(model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        bind_fused_loss(model.get_base_model())
+        return model.train()
+
+    @pytest.mark.parametrize("choice", ["keep", "lean", "offload", "host"])
+    def test_no_choice_changes_more_than_rounding(self, choice):
+        model = self.model()
+        fuse(model)
+        set_activations(fused_layers(model), ["keep"] * SIZES["num_hidden_layers"])
+        batch = self.batch()
+        kept = self.step(model, *batch)
+        set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
+        for _ in range(2):  # the second step takes the first one's buffers
+            again = self.step(model, *batch)
+            assert errors(again, kept).max() < 0.02
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp8"])
+    def test_the_host_never_waits_inside_a_step(self, precision):
+        model = self.model(precision=precision)
+        fuse(model)
+        set_activations(fused_layers(model), ["keep"] * SIZES["num_hidden_layers"])
+        batch = self.batch()
+        self.step(model, *batch)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.step(model, *batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "phi3", "olmo2"])
+    def test_kernels_compute_what_plain_layers_compute(self, model_type):
+        model = self.model(model_type)
+        batch = self.batch()
+        exact = self.step(copy.deepcopy(model).float(), *batch)
+        plain = self.step(model, *batch)
+        fuse(model)
+        ours = self.step(model, *batch)
+        ratio = errors(ours, exact).square().mean() / errors(plain, exact).square().mean()
+        assert ratio.sqrt() <= 1.5
