@@ -148,7 +148,7 @@ def states(trainer):
             "buffers": dict(model.named_buffers()),
             "modes": [module.training for module in model.modules()],
             "metrics": trainer._metrics,
-            "device metrics": {mode: len(m._stats) for mode, m in trainer._device_metrics.items()},
+            "device metrics": {mode: len(m._sums) for mode, m in trainer._device_metrics.items()},
             "counted": [trainer.report.fused_losses, trainer.report.packed_batches, trainer.report.attention_calls],
             "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
         }

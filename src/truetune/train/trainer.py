@@ -321,7 +321,7 @@ class SFTTrainer(trl.SFTTrainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         if own_setting(args, "stochastic_rounding"):
             return stochastic_adamw(args, model)
-        return trl.SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return super(SFTTrainer, SFTTrainer).get_optimizer_cls_and_kwargs(args, model)  # `trl.SFTTrainer` may be ours
 
     def create_optimizer(self, *args, **kwargs):
         given = self.optimizer
