@@ -157,7 +157,7 @@ def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
     ("words", "message"),
     [
         ([], "there is no GPU here: say for which memory to plan, --memory 80 for one of 80 GiB"),
-        (["--memory", "80", "training.activation_offloading=true"], "leaves the memory of activations to Transformers"),
+        (["--memory", "80", "training.gradient_checkpointing_kwargs.use_reentrant=false"], "leaves the memory of activations to Transformers"),
         (["--memory", "80", "training.activation_policy=none"], "activation_policy 'none' is unknown"),
     ],
 )
