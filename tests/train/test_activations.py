@@ -208,6 +208,8 @@ def test_the_largest_batch_is_rehearsed(make):
     alone = make(SFTTrainer)
     assert alone.largest_batch()["input_ids"].numel() == 44 + 40
     assert alone.token_budget() == 2 * 44
+    trainer.train_dataset = DOCUMENTS.to_iterable_dataset()  # a stream: as much as it can hold
+    assert trainer.largest_batch()["input_ids"].numel() == trainer.token_budget() == 2 * 64
     stream = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset())
     assert stream.largest_batch() is None
     stream.rehearse()

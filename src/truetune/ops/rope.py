@@ -1,6 +1,5 @@
 import torch
-
-from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from truetune.ops.rms_norm import rms_norm_forward, rms_norm_backward
 
 
 def _rot(x, cos, sin, inverse=False):
