@@ -208,12 +208,14 @@ def test_the_largest_batch_is_rehearsed(make):
     alone = make(SFTTrainer)
     assert alone.largest_batch()["input_ids"].numel() == 44 + 40
     assert alone.token_budget() == 2 * 44
-    trainer.train_dataset = DOCUMENTS.to_iterable_dataset()  # a stream: as much as it can hold
-    assert trainer.largest_batch()["input_ids"].numel() == trainer.token_budget() == 2 * 64
     stream = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset())
     assert stream.largest_batch() is None
-    stream.rehearse()
-    assert "not rehearsed" in line(stream).why
+    stream.rehearse()  # with as much as its batches can hold
+    assert stream.activations.plan.tokens == stream.token_budget() == 2 * 64
+    assert not line(stream).why
+    padded = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset(), neftune_noise_alpha=5.0)
+    padded.rehearse()
+    assert "not rehearsed" in line(padded).why
 
 
 class Device:

@@ -1,5 +1,6 @@
 import torch
-from truetune.ops.rms_norm import rms_norm_forward, rms_norm_backward
+
+from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 
 def _rot(x, cos, sin, inverse=False):

@@ -24,6 +24,7 @@ from truetune.models.plan import (
     set_activations,
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, host_bytes, known_flops, known_host_rate
+from truetune.train.batches import full_batch
 from truetune.train.errors import TrainError
 from truetune.train.rehearsal import Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
 
@@ -107,7 +108,9 @@ class Activations:
 
         Raises `TrainError` where nothing fits, with what to lower to what.
         """
-        batch = self.trainer.largest_batch()
+        batch, args = self.trainer.largest_batch(), self.trainer.args
+        if batch is None and self.trainer.unpads and args.max_length is not None:
+            batch = full_batch(self.trainer._train_batch_size, args.max_length)
         if batch is None:
             self.notes.append("not rehearsed: the lengths of the data are not known before it is read")
             return

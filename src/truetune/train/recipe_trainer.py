@@ -42,21 +42,18 @@ class RecipeTrainer(SFTTrainer):
         if not self._pack:
             return super()._most_tokens(dataset, batch_size)
         assert self.args.max_length is not None
-        tokens = batch_size * self.args.max_length
-        return min(tokens, int(document_lengths(dataset).sum())) if _is_read(dataset) else tokens
+        return min(batch_size * self.args.max_length, max(2, int(document_lengths(dataset).sum())))
 
     def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
-        """The packs of the first epoch that hold most tokens; of a stream, as many as it can hold."""
+        """The packs of the first epoch that hold most tokens."""
         dataset = self.eval_dataset if evaluation else self.train_dataset
-        batch_size = self.args.eval_batch_size if evaluation else self._train_batch_size
         if isinstance(dataset, dict):
             dataset = max(dataset.values(), key=lambda part: int(document_lengths(part).max()))
-        if not _is_read(dataset):
-            document = {"input_ids": [0] * self.args.max_length, "labels": [0] * self.args.max_length}
-            return _collate([[document]] * batch_size)
-        packs = list(self._sampler(dataset, seed=0 if evaluation else self._seed))
+        sampler = self._sampler(dataset, seed=0 if evaluation else self._seed)
+        packs = list(sampler)
         lengths = document_lengths(dataset)
-        fullest = longest([int(lengths[pack].sum()) for pack in packs], batch_size)
+        fullest = longest([int(lengths[pack].sum()) for pack in packs],
+                          self.args.eval_batch_size if evaluation else self._train_batch_size)  # fmt: skip
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
 
@@ -154,10 +151,6 @@ class _EvenPacks(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.packs.set_epoch(epoch)  # type: ignore[attr-defined]
-
-
-def _is_read(dataset: Any) -> bool:
-    return isinstance(dataset, datasets.Dataset) and len(dataset) > 0
 
 
 def _collate(packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
