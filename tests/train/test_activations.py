@@ -133,6 +133,15 @@ def test_a_saved_plan_is_saved_with_the_run_and_taken_again(make, tmp_path):
         make(activation_policy=str(mixed))
 
 
+def test_stochastic_rounding_has_fp32_averages_of_bf16_weights(make):
+    trainer = make()
+    model, args = trainer.model.to(torch.bfloat16), trainer.args
+    memory = activations_module.step_memory(model, args, 128, torch.bfloat16)
+    vars(args)["stochastic_rounding"] = True
+    rounded = activations_module.step_memory(model, args, 128, torch.bfloat16)
+    assert rounded.optimizer == 2 * memory.optimizer == 8 * sum(p.numel() for p in model.parameters())
+
+
 # -- the rehearsal
 
 
@@ -148,7 +157,7 @@ def states(trainer):
             "buffers": dict(model.named_buffers()),
             "modes": [module.training for module in model.modules()],
             "metrics": trainer._metrics,
-            "device metrics": {mode: len(m._stats) for mode, m in trainer._device_metrics.items()},
+            "device metrics": {mode: m.peek() for mode, m in trainer._device_metrics.items()},
             "counted": [trainer.report.fused_losses, trainer.report.packed_batches, trainer.report.attention_calls],
             "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
         }
