@@ -143,6 +143,26 @@ def test_plan_says_what_fits_from_the_configuration_alone(qwen_8b, capfd):
     assert json.loads(out)["terms"]["weights"] < 6.5 * 2**30
 
 
+def test_a_run_says_whether_it_fits_before_any_weight_is_there(qwen_8b):
+    import io
+
+    from rich.console import Console
+
+    from truetune.recipe import load_recipe
+    from truetune.run import training_arguments
+    from truetune.run_plan import print_whether_it_fits
+
+    def said(memory: float, **changes: str) -> str:
+        recipe = load_recipe(None, ["max_length=8192"], {"model": "qwen", "data": "none.jsonl", **changes})
+        console = Console(file=io.StringIO())
+        print_whether_it_fits(recipe, training_arguments(recipe), console, memory)
+        return console.file.getvalue()
+
+    assert re.fullmatch(r"Memory: keep all 36 layers; predicted peak \d+\.\d GiB of 80\n", said(80))
+    assert re.match(r"Warning: this may run out of device memory \(.* of 16\): .*qlora", said(16))
+    assert said(16, method="qlora").startswith("Memory: ")
+
+
 def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
     recipe = ("plan", "--model", "qwen", "--data", "none.jsonl", "--memory", "24", "--json", "max_length=8192")
     code, out, _ = run(capfd, *recipe, "training.per_device_train_batch_size=4")
@@ -159,7 +179,7 @@ def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
     [
         ([], "there is no GPU here: say for which memory to plan, --memory 80 for one of 80 GiB"),
         (
-            ["--memory", "80", "training.gradient_checkpointing_kwargs={use_reentrant: false}"],
+            ["--memory", "80", "training.gradient_checkpointing_kwargs.use_reentrant=false"],
             "leaves the memory of activations to Transformers",
         ),
         (["--memory", "80", "training.activation_policy=none"], "activation_policy 'none' is unknown"),

@@ -127,9 +127,10 @@ def plan(
     recipe = _recipe(changes, model=model, data=data, method=method)
     from rich.console import Console
 
+    from truetune.run import training_arguments
     from truetune.run_plan import plan_recipe, print_recipe_plan
 
-    found = plan_recipe(recipe, memory)
+    found = plan_recipe(recipe, training_arguments(recipe), memory)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

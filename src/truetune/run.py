@@ -33,6 +33,7 @@ from truetune.run_model import (
     model_precision,
 )
 from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
+from truetune.run_plan import print_whether_it_fits
 from truetune.run_record import MetricsFile, continued, finished, new_record, write_json
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -88,6 +89,8 @@ def train(
     config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
     check_architecture(config, recipe, args)
     check_adapter(recipe)
+    if torch.cuda.is_available():
+        print_whether_it_fits(recipe, args, console)
     tokenizer, new_ids = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing data"):  # the others find it in the cache
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)

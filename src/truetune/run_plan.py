@@ -33,9 +33,9 @@ from truetune.models.rates import (
     measured_flops,
 )
 from truetune.recipe import Recipe
-from truetune.run import training_arguments
 from truetune.run_model import add_lora, check_adapter, hub_arguments, model_path, model_precision
 from truetune.train.activations import check_policy, step_memory
+from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 
 CONTEXT = int(0.6 * GIB)  # CUDA's own, where a GPU is only named by its memory
@@ -73,12 +73,11 @@ class RecipePlan:
         }
 
 
-def plan_recipe(recipe: Recipe, memory_gib: float | None = None) -> RecipePlan:
+def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None) -> RecipePlan:
     """Plans `recipe` for a GPU of `memory_gib` (None: the one here). Reads neither weights nor data.
 
     Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
     """
-    args = training_arguments(recipe)
     if args.gradient_checkpointing_kwargs or args.activation_offloading or not args.fuse:
         raise TrainError(
             "this recipe leaves the memory of activations to Transformers, which is not planned: remove "
@@ -130,6 +129,20 @@ def plan_recipe(recipe: Recipe, memory_gib: float | None = None) -> RecipePlan:
         flops=flops,
         device=device,
     )
+
+
+def print_whether_it_fits(recipe: Recipe, args: SFTConfig, console: Console, memory_gib: float | None = None) -> None:
+    """One line before weights are downloaded. The rehearsal decides; what cannot be planned is only tried."""
+    try:
+        found = plan_recipe(recipe, args, memory_gib)
+    except (ModelError, TrainError):
+        return
+    if found.fits:
+        console.print(f"Memory: {found.plan.in_words}", highlight=False, soft_wrap=True)
+    else:
+        console.print(
+            f"[yellow]Warning: this may run out of device memory ({found.plan.in_words}): {found.mend}.", soft_wrap=True
+        )
 
 
 def _without_weights(config: PreTrainedConfig, recipe: Recipe, precision: str) -> Any:

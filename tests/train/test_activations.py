@@ -133,6 +133,15 @@ def test_a_saved_plan_is_saved_with_the_run_and_taken_again(make, tmp_path):
         make(activation_policy=str(mixed))
 
 
+def test_stochastic_rounding_has_fp32_averages_of_bf16_weights(make):
+    trainer = make()
+    model, args = trainer.model.to(torch.bfloat16), trainer.args
+    memory = activations_module.step_memory(model, args, 128, torch.bfloat16)
+    vars(args)["stochastic_rounding"] = True
+    rounded = activations_module.step_memory(model, args, 128, torch.bfloat16)
+    assert rounded.optimizer == 2 * memory.optimizer == 8 * sum(p.numel() for p in model.parameters())
+
+
 # -- the rehearsal
 
 
@@ -148,7 +157,7 @@ def states(trainer):
             "buffers": dict(model.named_buffers()),
             "modes": [module.training for module in model.modules()],
             "metrics": trainer._metrics,
-            "device metrics": {mode: len(m._sums) for mode, m in trainer._device_metrics.items()},
+            "device metrics": {mode: m.peek() for mode, m in trainer._device_metrics.items()},
             "counted": [trainer.report.fused_losses, trainer.report.packed_batches, trainer.report.attention_calls],
             "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
         }
@@ -210,8 +219,12 @@ def test_the_largest_batch_is_rehearsed(make):
     assert alone.token_budget() == 2 * 44
     stream = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset())
     assert stream.largest_batch() is None
-    stream.rehearse()
-    assert "not rehearsed" in line(stream).why
+    stream.rehearse()  # with as much as its batches can hold
+    assert stream.activations.plan.tokens == stream.token_budget() == 2 * 64
+    assert not line(stream).why
+    padded = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset(), neftune_noise_alpha=5.0)
+    padded.rehearse()
+    assert "not rehearsed" in line(padded).why
 
 
 class Device:

@@ -98,12 +98,12 @@ class HostMemory:
         if isinstance(packed, Tensor):
             return packed
         index, key, dtype, shape = packed
-        self._fetch(index)
         place = self._order.index(index)
+        for later in self._order[place + 1 :]:  # first, so that their memory is there for what comes back
+            self._drop(later)
+        self._fetch(index)
         if place > 0:
             self._fetch(self._order[place - 1])
-        for later in self._order[place + 1 :]:
-            self._drop(later)
         saved = self._layers[index].saved[key]
         assert saved.device_data is not None
         if saved.returned is not None:

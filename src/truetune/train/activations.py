@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from truetune.models.errors import ModelError
-from truetune.models.memory import StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
+from truetune.models.memory import FP32, StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
 from truetune.models.plan import (
     GIB,
     POLICIES,
@@ -24,12 +24,14 @@ from truetune.models.plan import (
     set_activations,
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, host_bytes, known_flops, known_host_rate
+from truetune.train.batches import full_batch
 from truetune.train.errors import TrainError
 from truetune.train.rehearsal import Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "activation_plan.json"
 MOST_REHEARSALS = 5
+ROUNDED_AT_A_TIME = 2**26  # elements that stochastic rounding has in fp32 at once
 WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
 
 
@@ -53,14 +55,18 @@ def step_memory(
 ) -> StepMemory:
     """The memory of `args`' step with this model, which may be on the meta device and not yet have its `precision`."""
     shape = read_model(model, compute, precision)
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    optimizer, trained = str(getattr(args.optim, "value", args.optim)), shape.trained
+    step = optimizer_step_bytes(optimizer, trained)
+    if getattr(args, "stochastic_rounding", False):  # averages in fp32, and fp32 copies of some weights at a time
+        trained = tuple((elements, FP32) for elements, _ in trained)
+        step = 4 * FP32 * min(ROUNDED_AT_A_TIME, sum(elements for elements, _ in trained))
     return StepMemory(
         model=shape,
         tokens=tokens,
-        optimizer=optimizer_bytes(optimizer, shape.trained),
+        optimizer=optimizer_bytes(optimizer, trained),
         accumulates=args.gradient_accumulation_steps > 1,
         buckets=processes > 1,
-        optimizer_step=optimizer_step_bytes(optimizer, shape.trained),
+        optimizer_step=step,
     )
 
 
@@ -107,7 +113,9 @@ class Activations:
 
         Raises `TrainError` where nothing fits, with what to lower to what.
         """
-        batch = self.trainer.largest_batch()
+        batch, args = self.trainer.largest_batch(), self.trainer.args
+        if batch is None and self.trainer.unpads and args.max_length is not None:
+            batch = full_batch(self.trainer._train_batch_size, args.max_length)
         if batch is None:
             self.notes.append("not rehearsed: the lengths of the data are not known before it is read")
             return

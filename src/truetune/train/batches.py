@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from truetune.data.collate import UnpaddingCollator
+from truetune.data.collate import UnpaddingCollator, collate_documents
 
 
 def document_lengths(documents: datasets.Dataset) -> np.ndarray:
@@ -32,6 +32,12 @@ def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
     """The places of the `count` largest, the first of equals."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return order[:count].tolist()
+
+
+def full_batch(batch_size: int, length: int) -> dict[str, Any]:
+    """A packed batch of documents of `length` tokens: as much as data that is not read before can hold."""
+    document = {"input_ids": [0] * length, "labels": [0] * length}
+    return collate_documents([document] * batch_size)
 
 
 def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[str, Any] | None:

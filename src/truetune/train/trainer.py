@@ -168,6 +168,11 @@ class SFTTrainer(trl.SFTTrainer):
         dataset = self.eval_dataset if evaluation else self.train_dataset
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
 
+    @property
+    def unpads(self) -> bool:
+        """Whether batches reach the model packed."""
+        return self._unpadding_off is None
+
     def evaluates_with_logits(self) -> bool:
         return self.compute_metrics is not None and not self.args.prediction_loss_only
 
