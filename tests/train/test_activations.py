@@ -90,6 +90,17 @@ def test_nothing_checkpoints_behind_the_policy(make, policy):
     assert calls == forward_calls
 
 
+def test_the_first_layer_has_no_gradient_for_frozen_embeddings(make):
+    """TRL asks for one beside adapters, because checkpointing would break without it."""
+    for kwargs, wanted in ({}, False), ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, True):
+        trainer = make(peft=LORA, **kwargs)
+        seen = []
+        layer = trainer.model.get_base_model().model.layers[0]
+        layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].requires_grad))
+        trainer.train()
+        assert set(seen) == {wanted}
+
+
 def test_what_asks_for_transformers_checkpointing_gets_it(make):
     trainer = make(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert line(trainer).in_effect == "checkpointed by Transformers"

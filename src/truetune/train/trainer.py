@@ -196,6 +196,8 @@ class SFTTrainer(trl.SFTTrainer):
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
+        # Checkpointing beside frozen embeddings needs them; without it they are a layer's gradient for nobody.
+        _base_model(self.model).disable_input_require_grads()
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:
