@@ -99,6 +99,7 @@ def kernels() -> list[Kernel]:
             )
             for rank in (16, 64, 256)
         ),
+        Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | plain_nf4 | {"NESTED": False}, wide=False),
     ]
@@ -134,9 +135,11 @@ def compile_kernel(row: Kernel, capability: int) -> None:
             signature[name] = POINTERS.get(name, f"*{row.dtype or TARGETS[capability]}")
         elif name.endswith("stride") or name in WIDTHS | COUNTS:
             signature[name] = "i32"
+        elif name == "seed":
+            signature[name] = "i64"
         else:
             signature[name] = "fp32"
-        if name not in COUNTS and signature[name] != "fp32":
+        if name not in COUNTS | {"seed"} and signature[name] != "fp32":
             attributes[(i,)] = [["tt.divisibility", 16]]
     if "*fp8e4nv" in signature.values() and capability < FP8_FROM:
         return

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from truetune.ops import backend
+from truetune.ops.dropout import seeded_dropout
 from truetune.ops.lora import (
     DenseWeight,
     Linear,
     Nf4Weight,
+    draw_seeds,
     linears_backward_input,
     linears_backward_parameters,
     linears_forward,
@@ -42,7 +45,8 @@ def plain(x, linears, dys, dtype):
         weight, bias, a, b = tensors
         y = torch.nn.functional.linear(x, weight, bias)
         if a is not None:
-            y = y + (x @ a.t()) @ b.t() * linear.scaling
+            mask = seeded_dropout(torch.ones_like(x), linear.dropout, linear.seed) if linear.dropout else 1.0
+            y = y + ((x * mask) @ a.t()) @ b.t() * linear.scaling
         results.append(y)
         leaves += tensors
     wanted = [t for t in leaves if t is not None]
@@ -68,6 +72,29 @@ def test_error_is_at_most_1_5_times_that_of_plain_pytorch(device, dtype):
     exact = plain(*inputs, torch.float64)
     for mine, theirs, true in zip(ours(*inputs), plain(*inputs, dtype), exact, strict=True):
         assert error(mine, true) <= max(1.5 * error(theirs, true), 3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_drops_out_in_the_forward_pass_has_no_gradient(device, dtype):
+    x, linears, dys = make(device, dtype)
+    linears[0].dropout, linears[1].dropout = 0.5, 0.1
+    draw_seeds(linears)
+    assert linears[0].seed != linears[1].seed and linears[2].seed == 0
+    theirs = plain(x, linears, dys, dtype)  # not in fp64, for which the kernels' mask is not made
+    for mine, his in zip(ours(x, linears, dys), theirs, strict=True):
+        assert error(mine, his.double()) <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_a_part_of_the_rows_drops_out_as_in_the_whole(device):
+    x = torch.randn(50, 300, device=device)
+    whole = seeded_dropout(x, 0.3, 2**40 + 5)
+    assert torch.equal(whole, seeded_dropout(x, 0.3, 2**40 + 5))
+    assert not torch.equal(whole == 0, seeded_dropout(x, 0.3, 2**40 + 99) == 0)
+    assert (whole == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.allclose(whole[whole != 0], x[whole != 0] / 0.7)
+    assert torch.allclose(seeded_dropout(x, 0.3, 2**40 + 5, add_TK=x), whole + x)
+    if backend.use_kernels(x):  # plain PyTorch recomputes all rows at once
+        assert torch.equal(seeded_dropout(x[20:], 0.3, 2**40 + 25), whole[20:])
 
 
 def test_gradients_have_the_dtype_of_what_is_trained(device):

@@ -22,6 +22,8 @@ from torch import Tensor
 from truetune.ops.lora import (
     Linear,
     Quantized,
+    draw_seeds,
+    from_row,
     linears_backward_input,
     linears_backward_parameters,
     linears_forward,
@@ -96,6 +98,7 @@ class QkvProjection:
 
     def __call__(self, x_TH: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None) -> tuple[Tensor, ...]:
         """x [T, H] -> q, k, v [T, heads, D] in `dtype`, and x for the residual path."""
+        draw_seeds(self.linears)
         norms = (self.norm, self.q_norm, self.k_norm)
         return _ProjectQkv.apply(x_TH, cos_TR, sin_TR, self, *trained_tensors(norms, self.linears))
 
@@ -223,6 +226,7 @@ class ResidualProjection:
     multiplier: float
 
     def __call__(self, x_TN: Tensor, residual_TH: Tensor) -> Tensor:
+        draw_seeds((self.linear,))
         return _ProjectOut.apply(x_TN, residual_TH, self, *trained_tensors((self.post_norm,), (self.linear,)))
 
 
@@ -293,12 +297,17 @@ class GatedMlp:
     recompute: bool = False
 
     def __call__(self, x_TH: Tensor) -> Tensor:
+        draw_seeds((*self.gate_up, self.down))
         norms = (self.norm, self.post_norm)
         return _Mlp.apply(x_TH, self, *trained_tensors(norms, (*self.gate_up, self.down)))
 
     def prepared(self) -> "GatedMlp":
         gate_up = [linear.prepared(self.dtype) for linear in self.gate_up]
         return replace(self, gate_up=gate_up, down=self.down.prepared(self.dtype))
+
+    def from_row(self, first: int) -> "GatedMlp":
+        """The same block for the rows from `first` on."""
+        return replace(self, gate_up=from_row(self.gate_up, first), down=from_row((self.down,), first)[0])
 
     def row_blocks(self, x_TH: Tensor) -> list[slice]:
         """The rows that are recomputed at a time. All of them where a weight is trained, whose gradient is one product,
@@ -357,7 +366,7 @@ class _Mlp(torch.autograd.Function):
         ctx.save_for_backward(x_TH)
         prepared, out_TH = block.prepared(), torch.empty_like(x_TH)
         for rows in block.row_blocks(x_TH):
-            out_TH[rows] = _mlp_forward(prepared, x_TH[rows])[0]
+            out_TH[rows] = _mlp_forward(prepared.from_row(rows.start), x_TH[rows])[0]
         return out_TH
 
     @staticmethod
@@ -373,8 +382,9 @@ class _Mlp(torch.autograd.Function):
         totals: list[Tensor | None] = []
         dx_TH = torch.empty_like(x_TH) if needs_input else None
         for rows in block.row_blocks(x_TH):
+            part = prepared.from_row(rows.start)
             dx_rows, gradients = _mlp_backward(
-                prepared, dout_TH[rows], x_TH[rows], _mlp_forward(prepared, x_TH[rows])[1], needs_input
+                part, dout_TH[rows], x_TH[rows], _mlp_forward(part, x_TH[rows])[1], needs_input
             )
             if dx_TH is not None and dx_rows is not None:
                 dx_TH[rows] = dx_rows

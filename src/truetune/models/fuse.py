@@ -336,11 +336,13 @@ def _read_lora(module: Any) -> Linear:
     lora_A, lora_B, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if name in module.lora_variant:
         raise NotFusable(f"{type(module.lora_variant[name]).__name__} is left to PEFT")
-    if module.training and getattr(dropout, "p", 0.0) > 0:
-        raise NotFusable("LoRA dropout is left to PEFT")
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        raise NotFusable(f"{type(dropout).__name__} in an adapter is left to PEFT")
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_B.bias is not None:
         raise NotFusable("LoRA with a bias is left to PEFT")
     linear.a_RK, linear.b_NR, linear.scaling = lora_A.weight, lora_B.weight, module.scaling[name]
+    if module.training and isinstance(dropout, nn.Dropout):
+        linear.dropout = dropout.p
     return linear
 
 

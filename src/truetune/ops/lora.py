@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Weight, fp8_linear, fp8_linear_backward, quantize_rows
 from truetune.ops.nf4 import dequantize_nf4
 
@@ -221,13 +222,18 @@ class QuantizedWeight(NamedTuple):
 
 @dataclass(slots=True)
 class Linear:
-    """One linear: x @ W.T + bias + scaling * (x @ A.T) @ B.T, the last where there is an adapter."""
+    """One linear: x @ W.T + bias + scaling * (dropout(x) @ A.T) @ B.T, the last where there is an adapter.
+
+    `seed` decides what drops out, and is drawn for each forward pass (`draw_seeds`).
+    """
 
     weight: Weight
     bias_N: Tensor | None = None
     a_RK: Tensor | None = None
     b_NR: Tensor | None = None
     scaling: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What may be trained, in the order in which `linears_backward_parameters` gives gradients."""
@@ -235,6 +241,24 @@ class Linear:
 
     def prepared(self, dtype: torch.dtype) -> "Linear":
         return replace(self, weight=self.weight.prepared(dtype))
+
+    def dropped_out(self, x_TK: Tensor, add_TK: Tensor | None = None) -> Tensor:
+        """What the adapter takes of x; and of its gradient, `add_TK` added."""
+        if self.dropout == 0:
+            return x_TK if add_TK is None else x_TK.add_(add_TK)
+        return seeded_dropout(x_TK, self.dropout, self.seed, add_TK=add_TK)
+
+
+def draw_seeds(linears: Sequence[Linear]) -> None:
+    """New masks for a forward pass, from torch's generator on the CPU: the device is not asked."""
+    for linear in linears:
+        if linear.dropout > 0:
+            linear.seed = int(torch.randint(2**62, ()))
+
+
+def from_row(linears: Sequence[Linear], first: int) -> list[Linear]:
+    """The same linears for the rows from `first` on, whose masks are those that they have among all rows."""
+    return [replace(linear, seed=linear.seed + first) if linear.dropout > 0 else linear for linear in linears]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,6 +290,41 @@ def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
     return slices
 
 
+def _adapted(linears: Sequence[Linear]) -> list[tuple[Linear, slice]]:
+    pairs = zip(linears, _rank_slices(linears), strict=True)
+    return [(linear, ranks) for linear, ranks in pairs if linear.a_RK is not None]
+
+
+def _drops_out(linears: Sequence[Linear]) -> bool:
+    return any(linear.dropout > 0 and linear.a_RK is not None for linear in linears)
+
+
+def _products_with_a(x_TK: Tensor, linears: Sequence[Linear], a_SK: Tensor) -> Tensor:
+    """x @ A.T [T, S]; with dropout, which is another for each adapter, one after the other."""
+    if not _drops_out(linears):
+        return x_TK @ a_SK.t()
+    return torch.cat([linear.dropped_out(x_TK) @ a_SK[ranks].t() for linear, ranks in _adapted(linears)], 1)
+
+
+def _gradient_through_a(dxa_TS: Tensor, linears: Sequence[Linear], a_SK: Tensor) -> Tensor:
+    """The gradient [T, K] of x down the adapters' way."""
+    if not _drops_out(linears):
+        return dxa_TS @ a_SK
+    total: Tensor | None = None
+    for linear, ranks in _adapted(linears):
+        total = linear.dropped_out(dxa_TS[:, ranks] @ a_SK[ranks], total)
+    assert total is not None
+    return total
+
+
+def _gradients_of_a(dxa_TS: Tensor, x_TK: Tensor, linears: Sequence[Linear]) -> Tensor:
+    """[S, K] in fp32, not yet times the scaling."""
+    if not _drops_out(linears):
+        return matmul_fp32(dxa_TS.t(), x_TK)
+    parts = [matmul_fp32(dxa_TS[:, ranks].t(), linear.dropped_out(x_TK)) for linear, ranks in _adapted(linears)]
+    return torch.cat(parts)
+
+
 def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantized | None = None) -> Quantized | None:
     if not any(linear.weight.fp8 for linear in linears):
         return None
@@ -284,7 +343,7 @@ def linears_forward(
     `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
     """
     a_SK = _scaled_a(linears, x_TK.dtype)
-    xa_TS = None if a_SK is None else x_TK @ a_SK.t()
+    xa_TS = None if a_SK is None else _products_with_a(x_TK, linears, a_SK)
     quantized = quantized_if_needed(x_TK, linears, quantized)
     residuals = () if residual_TN is None else (residual_TN,)
     results = []
@@ -333,10 +392,12 @@ def linears_backward_input(
             linear.weight.transposed_times(dy, None, quantized_if_needed(dy, (linear,), dy8))
             for dy, linear, dy8 in zip(dys, linears, given, strict=True)
         ]
-        if dxa_TS is not None and a_SK is not None:
-            return low_rank_product(dxa_TS, a_SK.t(), parts, parts[0]), dxa_TS
-        return functools.reduce(Tensor.add_, parts), dxa_TS
-    dx_TK = None if dxa_TS is None or a_SK is None else dxa_TS @ a_SK
+        if dxa_TS is None or a_SK is None:
+            return functools.reduce(Tensor.add_, parts), dxa_TS
+        if _drops_out(linears):
+            return functools.reduce(Tensor.add_, [_gradient_through_a(dxa_TS, linears, a_SK), *parts]), dxa_TS
+        return low_rank_product(dxa_TS, a_SK.t(), parts, parts[0]), dxa_TS
+    dx_TK = None if dxa_TS is None or a_SK is None else _gradient_through_a(dxa_TS, linears, a_SK)
     for dy_TN, linear in zip(dys, linears, strict=True):
         dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
     return dx_TK, dxa_TS
@@ -346,7 +407,7 @@ def linears_backward_parameters(
     dys: Sequence[Tensor], x_TK: Tensor, xa_TS: Tensor | None, dxa_TS: Tensor | None, linears: Sequence[Linear]
 ) -> list[Tensor | None]:
     """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
-    da_SK = None if dxa_TS is None else matmul_fp32(dxa_TS.t(), x_TK)
+    da_SK = None if dxa_TS is None else _gradients_of_a(dxa_TS, x_TK, linears)
     gradients: list[Tensor | None] = []
     for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
         d_weight = d_bias = d_a = d_b = None
