@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from truetune.models.attention import attention_calls
 from truetune.models.plan import Rates, Room
@@ -31,7 +31,7 @@ DOCUMENTS = Dataset.from_list(
 
 @pytest.fixture
 def make(tokenizer, tmp_path):
-    def make(trainer_class=RecipeTrainer, peft=None, train_dataset=DOCUMENTS, eval_dataset=None, **fields):
+    def make(trainer_class=RecipeTrainer, peft=None, train_dataset=DOCUMENTS, eval_dataset=None, model=None, **fields):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
@@ -43,9 +43,10 @@ def make(tokenizer, tmp_path):
             "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "max_length": 64,
             "learning_rate": 1e-2,
         }  # fmt: skip
+        pack = {"pack": fields.pop("pack")} if "pack" in fields else {}
         return trainer_class(
-            LlamaForCausalLM(config), SFTConfig(**settings | fields), train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=tokenizer, peft_config=peft,
+            model or LlamaForCausalLM(config), SFTConfig(**settings | fields), train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=tokenizer, peft_config=peft, **pack,
         )  # fmt: skip
 
     return make
@@ -88,6 +89,13 @@ def test_nothing_checkpoints_behind_the_policy(make, policy):
     trainer = make(activation_policy=policy)
     calls, forward_calls = counted_calls(trainer)
     assert calls == forward_calls
+
+
+def test_what_cannot_be_fused_keeps_its_checkpointing(make, tokenizer):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2))
+    trainer = make(model=model, pack=False, allow=["unpackable_model"])
+    assert (line(trainer).in_effect, line(trainer).why) == ("checkpointed by Transformers", "not every layer is fused")
+    assert trainer.args.gradient_checkpointing
 
 
 def test_the_first_layer_has_no_gradient_for_frozen_embeddings(make):

@@ -112,8 +112,12 @@ def unfuse(model: nn.Module) -> int:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that have attention and an MLP of their own, wherever they are: text towers are found too."""
-    return [m for m in model.modules() if isinstance(getattr(m, "self_attn", None), nn.Module) and hasattr(m, "mlp")]
+    """The modules that are called so and have attention and an MLP, wherever they are: the text tower's of a vision
+    model, and not its encoder's."""
+    return [
+        module for module in model.modules()
+        if type(module).__name__.endswith("DecoderLayer") and hasattr(module, "self_attn") and hasattr(module, "mlp")
+    ]  # fmt: skip
 
 
 def _why_not_layer(layer: Any, family: Family) -> str | None:

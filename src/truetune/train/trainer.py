@@ -119,8 +119,8 @@ class SFTTrainer(trl.SFTTrainer):
         )
 
     def _fuse_layers(self) -> None:
+        unfuse(self.model)  # what another trainer left behind
         if not own_setting(self.args, "fuse"):
-            unfuse(self.model)
             self.report.add("layers", "as they are", "Transformers' and PEFT's")
             return
         fusion = fuse(self.model)
@@ -140,7 +140,7 @@ class SFTTrainer(trl.SFTTrainer):
                     "remove one of them."
                 )
             policy, why = "keep", "gradient_checkpointing=False"
-        elif own or len(layers) < len(decoder_layers(self.model)):
+        elif own or not layers or len(layers) < len(decoder_layers(self.model)):
             why = f"{' and '.join(own)} select it" if own else "not every layer is fused"
             if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
                 raise TrainError(
