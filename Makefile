@@ -13,9 +13,9 @@ READY  := $(VENV)/.ready
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $(READY)
 
 setup: $(READY)
@@ -24,7 +24,11 @@ demo: $(READY)
 	$(BIN)/truetune demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+		TESTS="tests/models tests/train tests/trajectories tests/ops tests/test_run.py tests/test_cli.py tests/test_recipe.py tests/test_launch.py"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -39,4 +43,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache

@@ -10,12 +10,22 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1" if not os.path.exists("/dev/nvidiactl") else "0")
 
 import json
+from importlib.metadata import version
 
 import pytest
+from packaging.version import Version
 
 from real_text import CHATML, train_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stock_trl_runs_on_a_cpu() -> None:
+    if Version(version("trl")) < Version("1.16"):
+        from stock_trl import use_plain_head_on_cpu
+
+        use_plain_head_on_cpu()
 
 
 @pytest.fixture(scope="session")

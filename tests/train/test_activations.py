@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from truetune.models.attention import attention_calls
-from truetune.models.plan import Rates, Room
+from truetune.models.plan import Rates, Room, fused_layers
 from truetune.train import activations as activations_module
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -52,10 +52,14 @@ def make(tokenizer, tmp_path):
     return make
 
 
-def trajectory(trainer) -> list[tuple]:
-    trainer.train()
+def logged(trainer) -> list[tuple]:
     names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
     return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trajectory(trainer) -> list[tuple]:
+    trainer.train()
+    return logged(trainer)
 
 
 def line(trainer):
@@ -84,9 +88,11 @@ def counted_calls(trainer) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("policy", ["auto", "keep", "lean", "offload"])
-def test_nothing_checkpoints_behind_the_policy(make, policy):
+@pytest.mark.parametrize("trainer_class", [RecipeTrainer, SFTTrainer])
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_nothing_checkpoints_behind_the_policy(make, policy, trainer_class, peft):
     """A layer that Transformers checkpoints runs its forward pass, and so its attention, a second time."""
-    trainer = make(activation_policy=policy)
+    trainer = make(trainer_class, peft=peft, activation_policy=policy)
     calls, forward_calls = counted_calls(trainer)
     assert calls == forward_calls
 
@@ -109,12 +115,41 @@ def test_the_first_layer_has_no_gradient_for_frozen_embeddings(make):
         assert set(seen) == {wanted}
 
 
-def test_what_asks_for_transformers_checkpointing_gets_it(make):
-    trainer = make(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert line(trainer).in_effect == "checkpointed by Transformers"
+class FirstGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+CHECKPOINTING = [
+    ({"use_reentrant": False}, LAYERS),
+    ({"use_reentrant": True}, LAYERS),
+    ({"use_reentrant": False, "every_n_layers": 2}, LAYERS // 2),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "checkpointed"), CHECKPOINTING, ids=["saved hooks", "reentrant", "every second"])
+@pytest.mark.parametrize("trainer_class", [RecipeTrainer, SFTTrainer])
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_what_asks_for_transformers_checkpointing_gets_it(make, kwargs, checkpointed, trainer_class, peft):
+    """Fused layers are checkpointed as Transformers' are, by whichever way its version wraps them."""
+    plain = make(trainer_class, peft=peft, fuse=False, gradient_checkpointing=False)
+    trainer = make(trainer_class, peft=peft, gradient_checkpointing_kwargs=kwargs)
+    assert (line(plain).in_effect, line(trainer).in_effect) == ("keep", "checkpointed by Transformers")
+    assert len(fused_layers(trainer.model)) == LAYERS
+    wanted, found = FirstGradients(), FirstGradients()
+    plain.add_callback(wanted)
+    trainer.add_callback(found)
+    expected = trajectory(plain)
     calls, forward_calls = counted_calls(trainer)
-    assert calls == 2 * forward_calls
+    assert calls == forward_calls * (LAYERS + checkpointed) // LAYERS
     assert trainer.activations is None
+    for step, expected_step in zip(logged(trainer), expected, strict=True):
+        assert step == pytest.approx(expected_step, rel=1e-5)
+    assert found.gradients.keys() == wanted.gradients.keys() != set()
+    largest = max(gradient.abs().max() for gradient in wanted.gradients.values())
+    for name, gradient in wanted.gradients.items():
+        assert (found.gradients[name] - gradient).abs().max() < 1e-6 * largest, name
 
 
 @pytest.mark.parametrize(
