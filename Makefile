@@ -1,13 +1,16 @@
 # make demo   set up, then the whole job on the built-in model and data
 # make test   set up, then the tests
 # make check  lint, format and types
+# make test-oldest  the tests that concern Transformers and TRL, with the oldest of them in an environment beside
 # make bench  truetune beside TRL on this GPU (benchmarks/compare.py has more recipes and peers)
-VENV   ?= .venv
-PYTHON ?= python3
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+VENV        ?= .venv
+PYTHON      ?= python3
+CONSTRAINTS  = constraints.txt
+TESTS        =
+BIN         := $(VENV)/bin
+READY       := $(VENV)/.ready
 
-.PHONY: demo test check bench format setup clean
+.PHONY: demo test test-oldest check bench format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,9 +29,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
+OLDEST = tests/models tests/train tests/trajectories tests/ops $(addprefix tests/test_,run.py cli.py recipe.py launch.py)
+
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
-		TESTS="tests/models tests/train tests/trajectories tests/ops tests/test_run.py tests/test_cli.py tests/test_recipe.py tests/test_launch.py"
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"
 
 check: $(READY)
 	$(BIN)/ruff check .
