@@ -1,8 +1,8 @@
 """TRL 1.15's fused head on a CPU, in plain PyTorch.
 
-1.15 launches its Triton kernels on a CPU too and has nothing else: the interpreter takes minutes for a training curve of
-twenty steps, and without it or without Triton stock TRL fails. 1.16 folds its tiles in PyTorch there by itself, so this
-goes when 1.15 does. `test_stock_trl.py` holds it against TRL's kernels.
+1.15 launches its Triton kernels on a CPU too and has nothing else: the interpreter takes minutes for a training curve
+of twenty steps, and without it or without Triton stock TRL fails. 1.16 folds its tiles in PyTorch there by itself, so
+this goes when 1.15 does. `test_stock_trl.py` holds it against TRL's kernels.
 """
 
 import trl.trainer.utils

@@ -10,8 +10,9 @@ from packaging.version import Version
 if Version(version("trl")) >= Version("1.16"):
     pytest.skip("TRL 1.16 runs on a CPU by itself", allow_module_level=True)
 
-from stock_trl import log_probs_entropy_top1
 from trl.kernels import ChunkedLogProbFunction
+
+from stock_trl import log_probs_entropy_top1
 
 
 @pytest.mark.parametrize("bias", [False, True])
