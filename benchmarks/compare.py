@@ -17,6 +17,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,30 +92,23 @@ def make_inputs(directory: Path, name: str) -> None:
             file.write(json.dumps({"input_ids": row}) + "\n")
 
 
-def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
-    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
-    begun = time.perf_counter()
-    keep = recipe.policy == "keep"
-    if system == "unsloth":
-        from unsloth import FastLanguageModel  # before everything that it patches
+def load(system: str, recipe: Recipe, path: str):
+    """The system's model, tokenizer and adapter configuration, and its own `SFTConfig` options."""
     import torch
-    from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    keep, tokenizer = recipe.policy == "keep", AutoTokenizer.from_pretrained(path)
+    settings = {"r": 16, "lora_alpha": 16, "target_modules": TARGETS}
+    adapter = None if recipe.method == "full" else LoraConfig(**settings, lora_dropout=0.0, task_type="CAUSAL_LM")
     if system == "truetune":
-        from truetune import SFTConfig, SFTTrainer, load_model
-    else:
-        from trl import SFTConfig, SFTTrainer
-    path = str(directory / recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-    peft_config = None if recipe.method == "full" else lora
+        from truetune import load_model
+
+        return load_model(path, precision=recipe.precision), tokenizer, adapter, {"activation_policy": recipe.policy}
     options: dict = {"gradient_checkpointing": not keep}
-    if system == "truetune":
-        model = load_model(path, precision=recipe.precision)
-        options = {"activation_policy": recipe.policy}
-    elif system == "unsloth":
+    if system == "unsloth":
+        from unsloth import FastLanguageModel
+
         checkpointing = False if keep else "unsloth"
         model, tokenizer = FastLanguageModel.from_pretrained(
             path,
@@ -126,33 +120,44 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         )
         if recipe.method != "full":
             model = FastLanguageModel.get_peft_model(
-                model,
-                r=16,
-                lora_alpha=16,
-                lora_dropout=0,
-                target_modules=TARGETS,
-                use_gradient_checkpointing=checkpointing,
+                model, **settings, lora_dropout=0, use_gradient_checkpointing=checkpointing
             )
-        peft_config = None
-    else:
-        quantization = None
-        if recipe.method == "qlora":
-            quantization = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.bfloat16,
-            device_map={"": 0},
-            quantization_config=quantization,
-            attn_implementation="flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa",
+        return model, tokenizer, None, options
+    quantization = None
+    if recipe.method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        options |= {"padding_free": True, "use_liger_kernel": system == "liger"}
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16,
+        device_map={"": 0},
+        quantization_config=quantization,
+        attn_implementation="flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa",
+    )
+    return model, tokenizer, adapter, options | {"padding_free": True, "use_liger_kernel": system == "liger"}
+
+
+def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
+    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
+    begun = time.perf_counter()
+    if system == "unsloth":
+        import unsloth  # noqa: F401  # before everything that it patches
+    import torch
+    from datasets import load_dataset
+    from transformers import TrainerCallback
+
+    if system == "truetune":
+        from truetune import SFTConfig, SFTTrainer
+    else:
+        from trl import SFTConfig, SFTTrainer
+    path = str(directory / recipe.model)
+    model, tokenizer, peft_config, options = load(system, recipe, path)
     args = SFTConfig(
-        output_dir="/tmp/compare",
+        output_dir=tempfile.mkdtemp(),
         max_steps=STEPS,
         per_device_train_batch_size=ROWS,
         learning_rate=1e-5,
