@@ -169,7 +169,7 @@ def test_the_last_layer_gives_only_the_rows_that_the_loss_needs(model_type, trai
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_fp8_layers_compute_what_fp8_linears_compute(model_type, recompute):
     """Fused, activations are rounded to FP8 as they are made; unfused, by each linear from bf16: the same numbers."""
     model = make(model_type).to(torch.bfloat16)

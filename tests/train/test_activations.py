@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from truetune.models.attention import attention_calls
-from truetune.models.plan import Rates, Room
+from truetune.models.plan import Rates, Room, fused_layers
 from truetune.train import activations as activations_module
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -133,6 +133,22 @@ def test_a_saved_plan_is_saved_with_the_run_and_taken_again(make, tmp_path):
         make(activation_policy=str(mixed))
 
 
+def test_a_second_trainer_of_a_model_does_not_inherit_the_plan_of_the_first(make, tokenizer, tmp_path):
+    model = make(SFTTrainer, activation_policy="lean").model
+    assert all(layer.activations.recompute for layer in fused_layers(model))
+
+    def second(**fields):
+        args = SFTConfig(str(tmp_path / "second"), bf16=False, use_cpu=True, report_to=[], **fields)
+        return SFTTrainer(model, args, train_dataset=DOCUMENTS, processing_class=tokenizer)
+
+    checkpointed = second(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert line(checkpointed).in_effect == "checkpointed by Transformers"
+    assert len(fused_layers(model)) == LAYERS
+    assert not any(layer.activations.recompute for layer in fused_layers(model))
+    assert second(torch_compile=True).report.stock
+    assert not fused_layers(model)
+
+
 # -- the rehearsal
 
 
@@ -148,7 +164,7 @@ def states(trainer):
             "buffers": dict(model.named_buffers()),
             "modes": [module.training for module in model.modules()],
             "metrics": trainer._metrics,
-            "device metrics": {mode: len(m._stats) for mode, m in trainer._device_metrics.items()},
+            "device metrics": {mode: len(m._sums) for mode, m in trainer._device_metrics.items()},
             "counted": [trainer.report.fused_losses, trainer.report.packed_batches, trainer.report.attention_calls],
             "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
         }
