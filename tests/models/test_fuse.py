@@ -6,9 +6,9 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, IA3Config, LoraConfig, RandLoraConfig, RoadConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from truetune.models.attention import use_varlen_attention
@@ -16,6 +16,7 @@ from truetune.models.families import FAMILIES
 from truetune.models.fp8 import replace_linears_with_fp8
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
+from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
 
 SIZES = {
@@ -169,7 +170,7 @@ def test_the_last_layer_gives_only_the_rows_that_the_loss_needs(model_type, trai
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_fp8_layers_compute_what_fp8_linears_compute(model_type, recompute):
     """Fused, activations are rounded to FP8 as they are made; unfused, by each linear from bf16: the same numbers."""
     model = make(model_type).to(torch.bfloat16)
@@ -287,6 +288,56 @@ def test_several_adapters_are_left_to_peft_and_one_of_them_is_not():
     assert any("several adapters" in why for why in assert_fused_equals_unfused(model, inputs).left)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        RandLoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights=False),
+        RoadConfig(target_modules=["q_proj", "down_proj"], init_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_other_adapters_on_4bit_weights_are_no_plain_4bit_weights(adapter, tmp_path):
+    """PEFT has a `Linear4bit` for each kind of adapter, and each gives the packed weight below it as its own."""
+    make("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    keep_4bit_layout(model)
+    use_varlen_attention(model)
+    report = assert_fused_equals_unfused(get_peft_model(model, adapter), packed_batch())
+    assert bool(report.left) == (type(adapter) is not LoraConfig)
+
+
+def test_attention_that_is_replaced_after_fusing_is_called():
+    model = make("llama")
+    fuse(model)
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    inputs = padded_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaption" in name:
+                parameter.normal_(std=0.3)
+    fused = loss_and_gradients(model, inputs)
+    unfuse(model)
+    assert errors(fused, loss_and_gradients(model, inputs)).max() < 2e-5
+
+
+def test_attention_weights_that_are_asked_for_are_given():
+    model = make("qwen3")
+    model.set_attn_implementation("eager")
+    inputs = padded_batch()
+    plain = model(**inputs, output_attentions=True).attentions
+    fuse(model)
+    by_argument = model(**inputs, output_attentions=True).attentions
+    model.config.output_attentions = True
+    for fused in (by_argument, model(**inputs).attentions):
+        assert len(fused) == len(plain) == SIZES["num_hidden_layers"]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, plain, strict=True))
+
+
 def test_hooks_and_replaced_forwards_are_kept():
     model = make("llama")
     inputs = packed_batch()
@@ -296,6 +347,12 @@ def test_hooks_and_replaced_forwards_are_kept():
     attention.forward = types.MethodType(type(attention).forward, attention)
     report = assert_fused_equals_unfused(model, inputs)
     assert len(seen) == 2 and len(report.left) == 2
+    adapted = with_lora(make("llama"))
+    adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default").register_forward_hook(
+        lambda *_: seen.append("adapter")
+    )
+    assert len(assert_fused_equals_unfused(adapted, inputs).left) == 1
+    assert seen[2:] == ["adapter", "adapter"]
     # Hooks that Transformers leaves behind when hidden states were asked for are not the user's.
     model(**inputs, output_hidden_states=True)
     assert len(fuse(model).left) == 2

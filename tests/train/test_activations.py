@@ -196,6 +196,22 @@ def test_stochastic_rounding_has_fp32_averages_of_bf16_weights(make):
     assert rounded.optimizer == 2 * memory.optimizer == 8 * sum(p.numel() for p in model.parameters())
 
 
+def test_a_second_trainer_of_a_model_does_not_inherit_the_plan_of_the_first(make, tokenizer, tmp_path):
+    model = make(SFTTrainer, activation_policy="lean").model
+    assert all(layer.activations.recompute for layer in fused_layers(model))
+
+    def second(**fields):
+        args = SFTConfig(str(tmp_path / "second"), bf16=False, use_cpu=True, report_to=[], **fields)
+        return SFTTrainer(model, args, train_dataset=DOCUMENTS, processing_class=tokenizer)
+
+    checkpointed = second(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert line(checkpointed).in_effect == "checkpointed by Transformers"
+    assert len(fused_layers(model)) == LAYERS
+    assert not any(layer.activations.recompute for layer in fused_layers(model))
+    assert second(torch_compile=True).report.stock
+    assert not fused_layers(model)
+
+
 # -- the rehearsal
 
 

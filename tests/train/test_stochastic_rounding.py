@@ -107,3 +107,12 @@ def test_what_cannot_be_rounded_is_an_error(tmp_path, tokenizer):
         trainer = full_trainer(tmp_path, tokenizer, stochastic_rounding=True, **options)
         with pytest.raises(TrainError, match=cause):
             trainer.create_optimizer()
+
+
+def test_what_is_not_finite_stays_what_it_is():
+    """0x7fffffff is the NaN that GPUs make."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int64).to(torch.int32)
+    for _ in range(20):
+        nan, quiet, negative, *infinite = stochastic_round(bits.view(torch.float32)).tolist()
+        assert nan != nan and quiet != quiet and negative != negative
+        assert infinite == [float("inf"), float("-inf")]

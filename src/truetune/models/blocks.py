@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from truetune.ops.fp8 import FP8
 from truetune.ops.lora import (
     Linear,
     Quantized,
@@ -337,13 +338,14 @@ def _mlp_backward(
     dy_TH, d_post = _from_residual(dout_TH, block.dtype, block.post_norm, block.multiplier, y_TH, y_rstd)
     dact_TI, down_dxa = linears_backward_input((dy_TH,), (block.down,))
     assert dact_TI is not None
-    fp8 = len(gate_up) == 2 and all(linear.weight.fp8 for linear in block.gate_up)
-    grads = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI, quantize=fp8)
+    fp8 = all(linear.weight.fp8 for linear in block.gate_up)
+    both8 = torch.empty_like(gate_up[0], dtype=FP8) if fp8 and len(gate_up) == 1 else None
+    grads = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI, quantize=fp8, grads8_out=both8)
     act_TI = dact_TI  # where it was made again
-    quantized = [
-        quantized_or_none(grads.dgate8_TI, grads.dgate_scale_T),
-        quantized_or_none(grads.dup8_TI, grads.dup_scale_T),
-    ]
+    quantized = [quantized_or_none(both8, grads.dgate_scale_T)]
+    if len(gate_up) == 2:
+        pairs = ((grads.dgate8_TI, grads.dgate_scale_T), (grads.dup8_TI, grads.dup_scale_T))
+        quantized = [quantized_or_none(*pair) for pair in pairs]
     down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_dxa, (block.down,))
     del grads, act_TI, dact_TI
     h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)

@@ -35,6 +35,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "GELUTanh": "gelu_tanh",
     "GELUActivation": "gelu",
 }
+# By their whole names: other kinds of adapters have classes of the same short ones.
+_LORA_LINEARS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit"}
+_NF4_LINEAR = "bitsandbytes.nn.modules.Linear4bit"
 TAKES_ROWS = "takes_loss_rows"  # the attribute of a last layer, and of its model, that gives only the loss's rows
 _CHECKPOINTED_BY_CALL = "__call__" in vars(GradientCheckpointingLayer)  # Transformers 5.17; later ones wrap `forward`
 _CAPTURES_OUTPUTS = "transformers.utils.output_capturing"  # its hooks stay once `output_hidden_states` was asked for
@@ -190,6 +193,7 @@ def _run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_s
     dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
     try:
         qkv, out = _attention_blocks(self, family, dtype)
+        _refuse_attention_weights(self, given)
     except NotFusable:
         hidden_states = _plain_attention(self, family, hidden_states, given)
     else:
@@ -202,6 +206,12 @@ def _run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_s
         return _plain_mlp(self, family, hidden_states)
     with torch.autocast(device, enabled=False):
         return mlp(hidden_states.flatten(0, 1)).view_as(hidden_states)
+
+
+def _refuse_attention_weights(layer: Any, given: dict[str, Any]) -> None:
+    """Transformers collects them by a hook on the attention module, whose call the blocks skip."""
+    if given.get("output_attentions", layer.self_attn.config.output_attentions):
+        raise NotFusable("its weights were asked for")
 
 
 def _fused_attention(
@@ -263,6 +273,8 @@ def _plain_residual(layer: Any, family: Family, post_norm: str | None, residual:
 
 def _attention_blocks(layer: Any, family: Family, dtype: torch.dtype) -> tuple[QkvProjection, ResidualProjection]:
     attention = layer.self_attn
+    if class_path(attention) != family.class_path("Attention"):  # replaced since the layer was fused (AdaptionPrompt)
+        raise NotFusable(f"it is a {type(attention).__name__}")
     _refuse_hooks(attention)
     linears = [read_linear(getattr(attention, name)) for name in family.qkv]
     config, head_dim = attention.config, attention.head_dim
@@ -324,7 +336,7 @@ def read_linear(module: Any) -> Linear:
 
 def _read_lora(module: Any) -> Linear:
     _refuse_hooks(module)
-    if type(module).__name__ not in ("Linear", "Linear4bit"):
+    if class_path(module) not in _LORA_LINEARS:
         raise NotFusable(f"PEFT's {type(module).__name__} layers are left to it")
     linear = _read_base(module.base_layer)
     active = [name for name in module.active_adapters if name in module.lora_A]
@@ -342,6 +354,8 @@ def _read_lora(module: Any) -> Linear:
         raise NotFusable(f"{type(module.lora_variant[name]).__name__} is left to PEFT")
     if type(dropout) not in (nn.Identity, nn.Dropout):
         raise NotFusable(f"{type(dropout).__name__} in an adapter is left to PEFT")
+    for part in (lora_A, lora_B, dropout):
+        _refuse_hooks(part)
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_B.bias is not None:
         raise NotFusable("LoRA with a bias is left to PEFT")
     linear.a_RK, linear.b_NR, linear.scaling = lora_A.weight, lora_B.weight, module.scaling[name]
@@ -358,7 +372,7 @@ def _read_base(module: Any) -> Linear:
         raise NotFusable("its weight is sharded")
     if type(module) is nn.Linear:
         return Linear(DenseWeight(module.weight), module.bias)
-    if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is not None:
+    if class_path(module) == _NF4_LINEAR and getattr(module.weight, "quant_state", None) is not None:
         return Linear(Nf4Weight(module.weight.data, module.weight.quant_state), module.bias)
     raise NotFusable(f"{type(module).__name__} is left as it is")
 

@@ -98,4 +98,6 @@ def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """fp32 -> bf16: the neighbour above or below, each with the probability that makes the mean right."""
     noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
+    rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    # The bits of a GPU's NaN, 0x7fffffff, would carry over into those of -0.0, and a broken run look like a sound one.
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)

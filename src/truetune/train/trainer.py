@@ -22,7 +22,7 @@ from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varle
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
-from truetune.models.plan import fused_layers
+from truetune.models.plan import fused_layers, set_activations
 from truetune.train.activations import Activations, check_policy
 from truetune.train.batches import batch_of_longest_rows, row_lengths
 from truetune.train.config import own_setting
@@ -56,6 +56,7 @@ class SFTTrainer(trl.SFTTrainer):
         if self.report.stock:
             self.report.add("trainer", "truetune", "stock TRL", "; ".join(self.report.stock))
             self._refuse_own_settings()
+            unfuse(self.model)  # by an earlier trainer
             return
         self._ours = True
         keep_4bit_layout(self.model)
@@ -147,6 +148,7 @@ class SFTTrainer(trl.SFTTrainer):
                     f"activation_policy={asked!r} cannot be had, because {why} (TRL's own checkpointing): remove one "
                     "of them, or accept it with allow=['activation_policy']."
                 )
+            set_activations(layers, ["keep"] * len(layers))  # in place of an earlier trainer's plan
             self.report.add("activations", asked, "checkpointed by Transformers", why)
             return
         self._stop_checkpointing()
