@@ -18,6 +18,7 @@ from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
+from truetune.ops import backend
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -113,6 +114,27 @@ def test_fused_layers_compute_what_transformers_layers_compute(model_type, train
     assert errors(loss_and_gradients(model, inputs), plain).max() < 2e-5  # what fp32 rounding makes of these sums
     assert unfuse(model) == SIZES["num_hidden_layers"]
     assert torch.equal(loss_and_gradients(model, inputs)[0], plain[0])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_kernels_get_rows_whose_elements_are_neighbours(model_type, monkeypatch):
+    """Kernels look at a tensor's rows alone; these embeddings and gradients have other layouts."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = with_lora(make(model_type, num_key_value_heads=4)).to(device)
+    model.get_base_model().set_attn_implementation("eager")  # whose gradient of the keys is a transposed product
+    embeddings = torch.randn(1, 64, 9, device=device).transpose(1, 2)
+
+    def run():
+        model.zero_grad()
+        hidden = model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True).hidden_states[2]
+        hidden.sum().backward()  # an expanded gradient
+        return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = run()
+    fuse(model)
+    monkeypatch.setattr(backend, "FORCE_KERNELS", True)
+    assert errors(run(), plain).max() < 2e-5
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "fp32 under autocast"])

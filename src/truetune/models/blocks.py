@@ -74,6 +74,12 @@ def trained_tensors(norms: Sequence[Norm | None], linears: Sequence[Linear]) -> 
     ]
 
 
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """Kernels take rows at any stride, but not their elements: gradients of `sum()` and of eager attention's keys do
+    not come so."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _once(ctx: Any) -> None:
     if ctx.done:
         raise RuntimeError("a fused block's saved tensors are gone after its first backward pass: run forward again.")
@@ -101,7 +107,8 @@ class QkvProjection:
         """x [T, H] -> q, k, v [T, heads, D] in `dtype`, and x for the residual path."""
         draw_seeds(self.linears)
         norms = (self.norm, self.q_norm, self.k_norm)
-        return _ProjectQkv.apply(x_TH, cos_TR, sin_TR, self, *trained_tensors(norms, self.linears))
+        trained = trained_tensors(norms, self.linears)
+        return _ProjectQkv.apply(_contiguous_rows(x_TH), cos_TR, sin_TR, self, *trained)
 
 
 class _ProjectQkv(torch.autograd.Function):
@@ -130,6 +137,7 @@ class _ProjectQkv(torch.autograd.Function):
         _once(ctx)
         x_TH, rstd_T, cos_TR, sin_TR, q, k, q_rstd, k_rstd, *xas = ctx.saved_tensors
         block: QkvProjection = ctx.block
+        dq, dk, dv, dresidual_TH = map(_contiguous_rows, (dq, dk, dv, dresidual_TH))
         d_qn = d_kn = None
         if cos_TR is not None:
             dq, dk, d_qn, d_kn = _rope_backward(block, dq, dk, cos_TR, sin_TR, q, k)
@@ -207,7 +215,7 @@ def _head_norms(block: QkvProjection) -> dict[str, Any]:
 def _rope_forward(block: QkvProjection, q, k, cos_TR, sin_TR) -> tuple[Tensor, Tensor]:
     norms = _head_norms(block)
     # In place where nobody needs q and k as they were before.
-    return rope_forward(q, k, cos_TR, sin_TR, inplace=block.q_norm is None, **norms)[:2]
+    return rope_forward(q, k, cos_TR, sin_TR, inplace=block.q_norm is None, **norms)
 
 
 def _rope_backward(block: QkvProjection, dq, dk, cos_TR, sin_TR, q, k):
@@ -228,7 +236,8 @@ class ResidualProjection:
 
     def __call__(self, x_TN: Tensor, residual_TH: Tensor) -> Tensor:
         draw_seeds((self.linear,))
-        return _ProjectOut.apply(x_TN, residual_TH, self, *trained_tensors((self.post_norm,), (self.linear,)))
+        trained = trained_tensors((self.post_norm,), (self.linear,))
+        return _ProjectOut.apply(_contiguous_rows(x_TN), _contiguous_rows(residual_TH), self, *trained)
 
 
 def _into_residual(
@@ -271,6 +280,7 @@ class _ProjectOut(torch.autograd.Function):
     def backward(ctx, dout_TH):
         x_TN, xa_TS, y_TH, rstd_T = ctx.saved_tensors
         block: ResidualProjection = ctx.block
+        dout_TH = _contiguous_rows(dout_TH)
         dy_TH, d_norm = _from_residual(dout_TH, x_TN.dtype, block.post_norm, block.multiplier, y_TH, rstd_T)
         linears = (block.linear,)
         dx_TN, dxa_TS = linears_backward_input((dy_TH,), linears, needs_input=ctx.needs_input_grad[0])
@@ -300,7 +310,7 @@ class GatedMlp:
     def __call__(self, x_TH: Tensor) -> Tensor:
         draw_seeds((*self.gate_up, self.down))
         norms = (self.norm, self.post_norm)
-        return _Mlp.apply(x_TH, self, *trained_tensors(norms, (*self.gate_up, self.down)))
+        return _Mlp.apply(_contiguous_rows(x_TH), self, *trained_tensors(norms, (*self.gate_up, self.down)))
 
     def prepared(self) -> "GatedMlp":
         gate_up = [linear.prepared(self.dtype) for linear in self.gate_up]
@@ -376,7 +386,7 @@ class _Mlp(torch.autograd.Function):
         _once(ctx)
         x_TH, *saved = ctx.saved_tensors
         block: GatedMlp = ctx.block
-        needs_input = ctx.needs_input_grad[0]
+        dout_TH, needs_input = _contiguous_rows(dout_TH), ctx.needs_input_grad[0]
         if not block.recompute:
             dx_TH, gradients = _mlp_backward(block, dout_TH, x_TH, saved, needs_input)
             return dx_TH, None, *gradients

@@ -72,7 +72,7 @@ class HostMemory:
         key = (tensor.data_ptr(), num_bytes)
         if key not in layer.saved:
             layer.saved[key] = self._copy_out(tensor.detach().view(-1).view(torch.uint8), num_bytes)
-        return index, key, tensor.dtype, tensor.shape
+        return layer, index, key, tensor.dtype, tensor.shape
 
     def _copy_out(self, data: Tensor, num_bytes: int) -> _Saved:
         free = self._free.get(num_bytes)
@@ -97,14 +97,19 @@ class HostMemory:
     def _unpack(self, packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        index, key, dtype, shape = packed
+        layer, index, key, dtype, shape = packed
+        if layer is None or self._layers.get(index) is not layer:
+            raise RuntimeError(
+                "activations on the host are kept for one backward pass, until the next forward pass: "
+                "run each backward pass before the next forward pass, or set activation_policy='keep'."
+            )
         place = self._order.index(index)
         for later in self._order[place + 1 :]:  # first, so that their memory is there for what comes back
             self._drop(later)
         self._fetch(index)
         if place > 0:
             self._fetch(self._order[place - 1])
-        saved = self._layers[index].saved[key]
+        saved = layer.saved[key]
         assert saved.device_data is not None
         if saved.returned is not None:
             torch.cuda.current_stream(self.device).wait_event(saved.returned)
@@ -131,5 +136,9 @@ class HostMemory:
         """The layer's backward pass is over: its host buffers are free for the next forward pass."""
         if index in self._order:
             self._order.remove(index)
-        for saved in self._layers.pop(index, _Layer()).saved.values():
+        layer = self._layers.pop(index, _Layer())
+        for saved in layer.saved.values():
+            if saved.returned is not None:  # asked for and not used: the copy must not write into memory of others
+                torch.cuda.current_stream(self.device).wait_event(saved.returned)
             self._free.setdefault(saved.host_data.numel(), []).append(saved.host_data)
+        layer.saved.clear()  # a graph that nobody runs backward may hold on to the layer

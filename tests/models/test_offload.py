@@ -1,0 +1,53 @@
+"""Activations on the host, on a GPU: none are mixed up where forward and backward passes do not alternate."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from truetune.models.attention import use_varlen_attention
+from truetune.models.fuse import fuse
+from truetune.models.plan import fused_layers, set_activations
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no host to go to without a GPU")
+LAYERS, LENGTH = 4, 4096  # saved tensors of 8 MiB and more
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)).cuda().bfloat16()
+    use_varlen_attention(model)
+    fuse(model)
+    return model
+
+
+def loss(model, seed: int) -> torch.Tensor:
+    input_ids = torch.randint(3, 512, (1, LENGTH), generator=torch.Generator().manual_seed(seed)).cuda()
+    return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+
+def gradients(model, seed: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss(model, seed).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_a_step_after_passes_that_never_came_to_an_end_is_right(model):
+    set_activations(fused_layers(model), ["keep"] * LAYERS)
+    kept = gradients(model, 1)
+    set_activations(fused_layers(model), ["offload"] * LAYERS)
+    loss(model, 2)  # no backward pass
+    broken = fused_layers(model)[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss(model, 3)
+    broken.remove()
+    for ours, exact in zip(gradients(model, 1), kept, strict=True):
+        assert (ours.double() - exact.double()).norm() <= 1e-2 * exact.double().norm()  # atomic sums in attention
+
+
+def test_two_forward_passes_before_a_backward_pass_are_refused(model):
+    set_activations(fused_layers(model), ["offload"] * LAYERS)
+    both = loss(model, 1) + loss(model, 2)
+    with pytest.raises(RuntimeError, match="run each backward pass before the next forward pass"):
+        both.backward()
