@@ -98,7 +98,7 @@ class HostMemory:
         if isinstance(packed, Tensor):
             return packed
         layer, index, key, dtype, shape = packed
-        if layer is None or self._layers.get(index) is not layer:
+        if index not in self._layers or self._layers[index] is not layer:
             raise RuntimeError(
                 "activations on the host are kept for one backward pass, until the next forward pass: "
                 "run each backward pass before the next forward pass, or set activation_policy='keep'."
