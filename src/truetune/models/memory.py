@@ -201,9 +201,7 @@ def _read_layer(layer: Any, family: Family | None, compute: torch.dtype, made: b
     elements = sum(linear.elements for linear in linears)
     active = elements
     other_mlp = 0
-    if (
-        not ours
-    ):  # experts: what they were given, gate, up, their product and what they gave, for each expert of a token
+    if not ours:  # of each expert of a token: what it was given, gate, up, their product and what it gave
         width, chosen = config.moe_intermediate_size, config.num_experts_per_tok
         other_mlp = chosen * (2 * hidden + 4 * width)
         active += chosen * 3 * hidden * width
