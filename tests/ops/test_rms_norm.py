@@ -5,6 +5,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from truetune.ops.fp8 import quantize_rows
 from truetune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,20 +130,18 @@ def test_rows_may_be_strided(device, empty_is_nan):
 
 
 @pytest.mark.parametrize("shape", [(37, 128), (5, 1000)], ids=str)
-def test_fp8_output_is_y_before_rounding_with_a_scale_a_row(device, empty_is_nan, shape):
+def test_fp8_output_is_what_quantize_rows_makes_of_y(device, empty_is_nan, shape):
+    """So that a fused norm and an FP8 linear that quantizes its own input give the same product, to the bit."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 before compute capability 8.9")
-    x, weight, dy = make(device, torch.bfloat16, *shape)
+    x, weight, _ = make(device, torch.bfloat16, *shape)
     x[3] = 0
     done = rms_norm_forward(x, weight, EPS, quantize=True)
-    truth, *_ = exact(x, weight, (dy,), 0.0)
-    assert (done.y8.dtype, done.scale_T.dtype) == (torch.float8_e4m3fn, torch.float32)
-    torch.testing.assert_close(done.scale_T.double(), truth.abs().amax(-1).clamp(min=448 * 2.0**-126) / 448)
+    y8, scale_T = quantize_rows(done.y)
+    assert torch.equal(done.y8.view(torch.uint8), y8.view(torch.uint8))
+    assert torch.equal(done.scale_T, scale_T)
     assert torch.equal(done.y, rms_norm_forward(x, weight, EPS).y)
     assert not done.y8[3].float().any()
-    dequantized = done.y8.double() * done.scale_T[:, None]
-    rounded = (truth / done.scale_T[:, None]).to(torch.float8_e4m3fn).double() * done.scale_T[:, None]
-    assert error(dequantized, truth) <= 1.01 * error(rounded, truth)
 
 
 def test_no_rows(device):

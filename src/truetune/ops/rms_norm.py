@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from truetune.ops.backend import num_multiprocessors, tl, triton, use_kernels
-
-_LARGEST_FP8 = 448.0  # of E4M3
-_SMALLEST_AMAX = 448.0 * 2.0**-126  # below it the scale, or its inverse, would leave fp32's normal numbers
+from truetune.ops.fp8 import FP8, quantize_rows_reference
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
 
 if triton is not None:
-    _LARGEST_FP8_TL, _SMALLEST_AMAX_TL = tl.constexpr(_LARGEST_FP8), tl.constexpr(_SMALLEST_AMAX)
+    from truetune.ops.fp8 import row_scale
 
     @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
     def _rms_norm_forward_kernel(
@@ -50,12 +48,13 @@ if triton is not None:
         y = x * rstd[:, None] * (offset + tl.load(weight_ptr + col, mask=col < H, other=0.0).to(tl.float32))
         if residual_ptr is not None:
             y += tl.load(residual_ptr + row[:, None] * residual_stride + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+        rounded_y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + out, rounded_y, mask=mask)
         if y8_ptr is not None:
-            # No clamp is needed: amax / scale exceeds 448 by a rounding of fp32 at most, and up to 464 all round to it.
-            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(y), 1), _SMALLEST_AMAX_TL), _LARGEST_FP8_TL)
+            y = rounded_y.to(tl.float32)
+            scale, inverse = row_scale(tl.max(tl.abs(y), 1))
             tl.store(scale_ptr + row, scale, mask=row < T)
-            tl.store(y8_ptr + out, (y * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv), mask=mask)
+            tl.store(y8_ptr + out, (y * inverse[:, None]).to(tl.float8e4nv), mask=mask)
 
     @triton.jit(do_not_specialize=["T"])
     def _rms_norm_backward_kernel(
@@ -159,8 +158,8 @@ def rms_norm_forward(
     """y = x * rsqrt(mean(x^2) + eps) * (offset + weight), in fp32, rounded once to `out_dtype` (x's, if not given).
 
     With `added_TH`, what is normalised is x + added, rounded to x's dtype and returned; it is what backward takes for
-    x. With `residual_TH`, y is residual + the above, in residual's dtype. With `quantize`, y8 [T, H] is y before its
-    rounding, in FP8 E4M3 with a scale a row: y ~ y8 * scale, the largest of a row being 448 * scale.
+    x. With `residual_TH`, y is residual + the above, in residual's dtype. With `quantize`, y8 and scale are
+    `quantize_rows(y)`, to the bit.
 
     Tensors may differ in dtype. The last dimension is contiguous, rows of inputs may be strided; outputs are contiguous
     and new. Not differentiable.
@@ -174,7 +173,7 @@ def rms_norm_forward(
         torch.empty(shape, dtype=out_dtype or x_TH.dtype, device=device),
         torch.empty(shape[:1], dtype=torch.float32, device=device),
         None if added_TH is None else torch.empty(shape, dtype=x_TH.dtype, device=device),
-        torch.empty(shape, dtype=torch.float8_e4m3fn, device=device) if quantize else None,
+        torch.empty(shape, dtype=FP8, device=device) if quantize else None,
         torch.empty(shape[:1], dtype=torch.float32, device=device) if quantize else None,
     )
     if shape[0]:
@@ -251,11 +250,9 @@ def _forward_torch(x_TH, weight_H, eps, offset, residual_TH, added_TH, out_dtype
     y = x * rstd_T[:, None] * (offset + weight_H.to(precise))
     if residual_TH is not None:
         y, out_dtype = y + residual_TH, residual_TH.dtype
-    y8, scale_T = None, None
-    if quantize:
-        scale_T = y.abs().amax(-1).float().clamp(min=_SMALLEST_AMAX) / _LARGEST_FP8
-        y8 = (y * scale_T.reciprocal()[:, None]).to(torch.float8_e4m3fn)
-    return Normed(y.to(out_dtype or x_TH.dtype), rstd_T, sum_TH, y8, scale_T)
+    y = y.to(out_dtype or x_TH.dtype)
+    y8, scale_T = quantize_rows_reference(y) if quantize else (None, None)
+    return Normed(y, rstd_T, sum_TH, y8, scale_T)
 
 
 def _backward_torch(
