@@ -249,12 +249,16 @@ def profile_step(trainer, path: str) -> str:
     return path
 
 
-def run_apart(system: str, name: str, directory: Path, peer_path: str) -> dict | None:
+def run_apart(system: str, name: str, directory: Path, peer_path: str, limit: float | None) -> dict | None:
     environment = dict(os.environ)
     if system != "truetune" and peer_path:
         environment["PYTHONPATH"] = f"{peer_path}:{environment.get('PYTHONPATH', '')}"
     command = [sys.executable, __file__, "--one", system, name, "--inputs", str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as expired:
+        print(f"{system} {name} took more than {limit} s:\n{(expired.stderr or b'')[-2000:].decode()}", flush=True)
+        return None
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         print(f"{system} {name} failed:\n{done.stderr[-3000:]}", flush=True)
@@ -281,6 +285,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, default=Path("/dev/shm/truetune-inputs"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peer-path", default="")
+    parser.add_argument("--limit", type=float, help="seconds that one system may take with one recipe")
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "RECIPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -300,7 +305,8 @@ def main() -> None:
         # Apart: a process that has used the GPU holds memory that the systems may need.
         command = [sys.executable, __file__, "--make", RECIPES[name].model, "--inputs", str(options.inputs)]
         subprocess.run(command, check=True)
-        runs = [run_apart(system, name, options.inputs, options.peer_path) for system in options.systems.split(",")]
+        systems = options.systems.split(",")
+        runs = [run_apart(system, name, options.inputs, options.peer_path, options.limit) for system in systems]
         results.append({"recipe": name, **asdict(RECIPES[name]), "runs": [run for run in runs if run]})
         print(table(name, results[-1]["runs"]), flush=True)
         if options.out:

@@ -328,7 +328,8 @@ def test_other_adapters_on_4bit_weights_are_no_plain_4bit_weights(adapter, tmp_p
     )
     keep_4bit_layout(model)
     use_varlen_attention(model)
-    report = assert_fused_equals_unfused(get_peft_model(model, adapter), packed_batch())
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in packed_batch().items()}
+    report = assert_fused_equals_unfused(get_peft_model(model, adapter), batch)
     assert bool(report.left) == (type(adapter) is not LoraConfig)
 
 
@@ -478,6 +479,7 @@ class TestOnTheGpu:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
+        use_varlen_attention(model.get_base_model())
         bind_fused_loss(model.get_base_model())
         return model.train()
 

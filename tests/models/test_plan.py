@@ -110,7 +110,7 @@ def test_nf4_is_predicted_to_the_byte(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     loaded = with_lora(load_model(tmp_path, "nf4"))
     with torch.device("meta"):
-        planned = with_lora(AutoModelForCausalLM.from_config(config).float())
+        planned = with_lora(AutoModelForCausalLM.from_config(config).to(loaded.dtype))
     real, predicted = read_model(loaded, torch.float32), read_model(planned, torch.float32, "nf4")
     assert predicted.weights == pytest.approx(real.weights, rel=1e-3)
     assert predicted.layers[0].made == real.layers[0].made != (0, 0)

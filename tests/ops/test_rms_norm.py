@@ -59,11 +59,12 @@ def test_error_is_at_most_1_5_times_that_of_transformers(device, empty_is_nan, d
     dx, dweight = rms_norm_backward(dy, x, weight, rstd, offset=offset, needs_weight=True)
     assert rest == [None, None, None]
     assert (y.dtype, dx.dtype, rstd.dtype, dweight.dtype) == (dtype, dtype, torch.float32, torch.float32)
-    assert torch.equal(dx, rms_norm_backward(dy, x, weight, rstd, offset=offset)[0])
+    dx_alone = rms_norm_backward(dy, x, weight, rstd, offset=offset)[0]  # compiled apart: not the same to the bit
     plain = as_transformers(module_class, x, weight, dy)
     truth = exact(x, weight, (dy,), offset)
     for name, a, b, c in zip(("y", "dx", "dweight"), (y, dx, dweight), plain, truth, strict=True):
         assert error(a, c) <= max(1.5 * error(b, c), 3e-7), name
+    assert error(dx_alone, truth[1]) <= max(1.5 * error(plain[1], truth[1]), 3e-7)
 
 
 @pytest.mark.parametrize("shape", [(37, 128), (19, 1000)], ids=str)

@@ -8,13 +8,15 @@ B: rows, S: row length, T: tokens of a pack, N: documents, H: query heads, G: ke
 """
 
 import collections
+import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import or_masks, sdpa_mask
 
@@ -160,6 +162,25 @@ def _attend_within_documents(
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+
+
+@contextlib.contextmanager
+def given_boundaries(config: PreTrainedConfig, inputs: dict[str, Any]) -> Iterator[None]:
+    """Inside, Transformers does not look for documents in the positions of a batch that has `cu_seq_lens_q`.
+
+    It would make the host wait until the device has finished the step before, for a mask that our attention does not
+    read. Does nothing for other batches and under other attention.
+    """
+    ours = config.get_text_config()._attn_implementation == ATTENTION_NAME
+    if not ours or inputs.get("cu_seq_lens_q") is None:
+        yield
+        return
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 # -- one model ---------------------------------------------------------------------------------------------------------

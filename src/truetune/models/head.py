@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
+from truetune.models.attention import given_boundaries
 from truetune.models.fuse import TAKES_ROWS
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -76,7 +77,8 @@ def bind_fused_loss(model: Any) -> None:
             kwargs.setdefault("output_router_logits", True)
         if loss_rows is not None and len(loss_rows) > 0 and hasattr(self.base_model, TAKES_ROWS):
             kwargs["loss_rows"] = loss_rows
-        outputs = self.base_model(*args, **kwargs)
+        with given_boundaries(self.config, kwargs):
+            outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)  # PEFT's wrappers do not forward every attribute
         if isinstance(weight, DTensor):  # sharded by FSDP2

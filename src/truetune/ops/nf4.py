@@ -57,6 +57,7 @@ def dequantize_nf4(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tens
             packed, quant_state.absmax, quant_state.code, *nested, out, pairs,
             BLOCK_SIZE=quant_state.blocksize, NESTED_SIZE=quant_state.state2.blocksize if quant_state.nested else 1,
             NESTED=quant_state.nested, PAIRS=2048, num_warps=8,
+            enable_fp_fusion=False,  # bitsandbytes rounds the scale's product before it adds the offset
         )  # fmt: skip
     return out
 

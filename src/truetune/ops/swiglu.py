@@ -39,8 +39,12 @@ if triton is not None:
         elif ACTIVATION == "gelu_tanh":
             # (1 + tanh(u / 2)) / 2 is the sigmoid of u, which loses no digits where tanh comes near -1.
             square = gate * gate
-            share = _sigmoid(gate * (1.5957691216057308 + 0.07135481282553257 * square))
-            slope = share + gate * share * (1.0 - share) * (1.5957691216057308 + 0.2140644384765977 * square)
+            u = gate * (1.5957691216057308 + 0.07135481282553257 * square)
+            small = tl.exp(-tl.abs(u))
+            larger = 1.0 / (1.0 + small)
+            share = tl.where(u >= 0, larger, small * larger)
+            # share (1 - share), without the difference that would lose all digits where gate is large.
+            slope = share + gate * small * larger * larger * (1.5957691216057308 + 0.2140644384765977 * square)
         else:
             share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
             slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
