@@ -120,6 +120,21 @@ def test_results_are_added_to_what_is_given(device):
         assert torch.equal(residual, before)
 
 
+def test_an_adapter_smaller_than_the_rounding_of_the_residual_stream_acts_on_average(device):
+    """In its first steps it always is; what is lost in every element is lost for the loss."""
+    torch.manual_seed(0)
+    x, weight, residual = (torch.randn(shape, device=device) for shape in ((512, 64), (256, 64), (512, 256)))
+    a, b = torch.randn(4, 64, device=device), torch.full((256, 4), 2e-4, device=device)
+    x, weight, residual = x.bfloat16(), (weight / 8).bfloat16(), (8 * residual).bfloat16()
+    results = []
+    for b_NR in (b, torch.zeros_like(b)):
+        linear = Linear(DenseWeight(weight), None, a, b_NR)
+        results.append(linears_forward(x, [linear], residual_TN=residual)[0][0].double())
+    added = (x.float() @ a.t() @ b.t()).double()
+    assert added.abs().max() < 2**-6  # half a place of what lies between 4 and 8
+    assert ((results[0] - results[1]) * added).sum() / added.square().sum() .item() == pytest.approx(1, abs=0.2)
+
+
 @pytest.mark.parametrize("rank", [1, 8, 40])
 def test_low_rank_product_writes_every_place_of_strided_tensors(device, rank):
     x = torch.randn(70, 3 * rank, device=device)[:, rank : 2 * rank]

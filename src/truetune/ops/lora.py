@@ -2,7 +2,10 @@
 
 Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. The adapter's
 product goes into the result first, and the weight's product is added to it by the GEMM itself, so that no pass over the
-result is spent on the sum; FP8 products, which take no addend, come first instead. LoRA: Hu et al., arXiv:2106.09685.
+result is spent on the sum; FP8 products, which take no addend, come first instead, and so does every product that goes
+into the residual stream. There the adapter's part is for many steps smaller than half a bf16 place of the stream:
+rounded onto it before the weight's product is there, it would be lost in every element, and the adapter would learn
+more slowly; in one fp32 sum of the three it survives on average. LoRA: Hu et al., arXiv:2106.09685.
 
 Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
 """
@@ -61,10 +64,10 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
     """out = x @ b.T + up to three addends, summed in fp32; b is rounded to the dtype of x on its way in. Returns out,
     which may be one of the addends."""
     if not use_kernels(x_TR):
-        product = x_TR @ b_NR.t().to(x_TR.dtype)
+        product_TN = matmul_fp32(x_TR, b_NR.t().to(x_TR.dtype))
         for add_TN in adds:
-            product = product + add_TN
-        return out_TN.copy_(product)
+            product_TN += add_TN
+        return out_TN.copy_(product_TN)
     (T, R), N = x_TR.shape, b_NR.shape[0]
     if T == 0:
         return out_TN
@@ -351,14 +354,13 @@ def linears_forward(
         weight = linear.weight
         if linear.b_NR is None or xa_TS is None:
             out = weight.times(x_TK, None if residual_TN is None else residual_TN.clone(), quantized)
-        elif weight.fp8:
+        elif weight.fp8 or residual_TN is not None:
             y_TN = weight.times(x_TK, None, quantized)
             out = y_TN if residual_TN is None else torch.empty_like(residual_TN)
             out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), (y_TN, *residuals), out)
         else:
-            like = x_TK if residual_TN is None else residual_TN
-            out = like.new_empty(len(x_TK), weight.out_features)
-            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), residuals, out)
+            out = x_TK.new_empty(len(x_TK), weight.out_features)
+            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), (), out)
             out = weight.times(x_TK, out, quantized)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
