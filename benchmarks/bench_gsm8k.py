@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--peer-path", default="")
+    parser.add_argument("--reuse", type=Path, help="an earlier record, whose fp32 runs (a minute each) are taken over")
     parser.add_argument("--one", nargs=3, metavar=("SYSTEM", "MODE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -188,9 +189,14 @@ def main() -> None:
     build_model(model_dir, options.data)
     runs: dict[tuple[str, str], dict] = {}
     modes = options.modes.split(",")
+    if options.reuse:
+        earlier = json.loads(options.reuse.read_text())["runs"]
+        runs = {("fp32", run["mode"]): run for run in earlier if run["system"] == "fp32"}
     # The reference first: what is timed then runs side by side.
     order = [("fp32", mode) for mode in modes] + [(system, mode) for mode in modes for system in ("trl", "truetune")]
     for system, mode in order:
+        if (system, mode) in runs:
+            continue
         if (system, mode) == ("fp32", "autocast") and ("fp32", "full") in runs:
             runs[system, mode] = runs["fp32", "full"]  # the same run: fp32 weights without autocast
             continue

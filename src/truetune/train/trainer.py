@@ -293,7 +293,7 @@ class SFTTrainer(trl.SFTTrainer):
         if "attention_mask" in inputs:
             num_tokens = inputs["attention_mask"].sum().float()
         else:
-            num_tokens = outputs.stats.new_tensor(inputs["input_ids"].numel())
+            num_tokens = outputs.stats.new_full((), inputs["input_ids"].numel())  # a tensor of a number would sync
         parts = [outputs.stats, num_tokens[None].to(outputs.stats.device)]
         if self.aux_loss_enabled:
             parts.append(outputs.aux_loss.detach()[None].to(outputs.stats) / self.accelerator.num_processes)
