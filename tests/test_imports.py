@@ -14,7 +14,8 @@ LEVELS = (
     {"doctor"},
     {"run", "launch"},
     {"recipe"},
-    {"train", "proof", "export", "demo"},
+    {"train", "export", "demo"},
+    {"proof"},  # knows a trainer by what it can do, because a trainer runs it
     {"models"},
     {"ops", "data"},
 )

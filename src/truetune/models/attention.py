@@ -208,12 +208,8 @@ def use_varlen_attention(model: PreTrainedModel, dtype: torch.dtype | None = Non
     """
     if reason := why_not_packable(model):
         raise ModelError(f"variable-length attention cannot be used: {reason}")
+    set_text_attention(model, ATTENTION_NAME)
     config = model.config.get_text_config()
-    if config is model.config:
-        model.set_attn_implementation(ATTENTION_NAME)
-    else:
-        names = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
-        model.set_attn_implementation(dict.fromkeys(names, ATTENTION_NAME))
     layers = _attention_layers(_text_tower(model))
     if any(layer.config._attn_implementation != ATTENTION_NAME for layer in layers):
         raise ModelError(f"{type(model).__name__} did not take over our attention: train it with packing off.")
@@ -223,6 +219,16 @@ def use_varlen_attention(model: PreTrainedModel, dtype: torch.dtype | None = Non
         report.backends = list(dict.fromkeys([*report.backends, backend.name]))
         report.reasons = list(dict.fromkeys([*report.reasons, *passed_over]))
     return report
+
+
+def set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """One of Transformers' attention implementations for the text tower. Raises `ValueError` where it cannot be had."""
+    config = model.config.get_text_config()
+    if config is model.config:
+        model.set_attn_implementation(name)
+    else:
+        names = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
+        model.set_attn_implementation(dict.fromkeys(names, name))
 
 
 def _text_tower(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -4,17 +4,15 @@ There is no optimizer yet and no DDP round the model, so ranks do not wait for e
 where another does not. What they found they compare afterwards.
 """
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from truetune.models.plan import fused_layers
+from truetune.proof.untouched import untouched
 
 HOST_COPY = 2**26  # bytes of the copy that is timed
 
@@ -27,33 +25,6 @@ class Rehearsed:
     peak: int | None
     before: int
     layer_seconds: float | None = None
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Random states, gradients, buffers and training modes are afterwards what they were before."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
-               for module in model.modules() for name, buffer in module._buffers.items()]  # fmt: skip
-    modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, name, buffer, copy in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and copy is not None and not torch.equal(buffer, copy):
-                buffer.copy_(copy)
-        for module, mode in modes:
-            module.training = mode
 
 
 def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:

@@ -1,0 +1,2 @@
+class ProofError(ValueError):
+    """A check failed: one sentence, cause and mend."""

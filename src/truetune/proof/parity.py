@@ -1,0 +1,287 @@
+"""Reference parity: the fused path against plain Transformers, both against the same model in a higher precision.
+
+The reference runs each document alone, unfused, with PyTorch's own attention and full logits. How far it is from the
+exact gradients is what rounding costs in the dtype of the run, measured on the user's model and text; our own path may
+not be much further away. The exact gradients come of the same plain modules with every weight widened, one layer at a
+time, so that an 8B model needs no second copy of itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from truetune.models.attention import ATTENTION_NAME, set_text_attention, use_varlen_attention
+from truetune.models.fuse import decoder_layers, fuse, unfuse
+from truetune.models.plan import fused_layers, set_activations
+from truetune.proof.excerpt import IGNORE_INDEX, Document, num_supervised, packed
+from truetune.proof.result import Check
+
+TIMES_ROUNDING = 4  # the most that we may be further from the exact gradients than the plain path
+B_SCALE = 0.02  # of LoRA's B, which begins at zero and would hide every gradient of A
+QUANTIZED = ("Linear4bit", "Linear8bitLt", "Fp8Linear")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    loss: float
+    of: dict[str, Tensor | None]
+
+
+def check_parity(trainer: Any, documents: Sequence[Document]) -> Check:
+    """Loss and every trained tensor's gradient on `documents`; leaves the model as it was."""
+    name, limit = "reference parity", f"{TIMES_ROUNDING} times the plain path's own rounding"
+    if trainer.compute_loss_func is not None:
+        return Check(name, "not run: compute_loss_func makes its own loss", limit, "skip")
+    if not documents:
+        return Check(name, "not run: the first batch has no supervised text", limit, "skip")
+    model = trainer.model
+    with no_zero_b(model), evaluating(model):
+        ours = fused_gradients(trainer, documents)
+        with unfused(trainer):
+            plain = plain_gradients(trainer, documents)
+            exact = exact_gradients(trainer, documents)
+    return judge(ours, plain, exact, rounding_floor(trainer), name, limit, len(documents))
+
+
+def judge(
+    ours: Gradients, plain: Gradients, exact: Gradients, floor: float, name: str, limit: str, documents: int
+) -> Check:
+    """`floor`: an error that rounding alone can always make."""
+    errors = {key: (_error(ours.of[key], exact.of[key]), _error(plain.of[key], exact.of[key])) for key in exact.of}
+    typical = sorted(of_plain for _, of_plain in errors.values())[len(errors) // 2]
+    ratios = {
+        key: of_ours / max(of_plain, typical, floor / TIMES_ROUNDING) for key, (of_ours, of_plain) in errors.items()
+    }
+    worst = max(ratios, key=lambda key: ratios[key])
+    loss_error, plain_loss = abs(ours.loss - exact.loss), abs(plain.loss - exact.loss)
+    loss_limit = max(TIMES_ROUNDING * plain_loss, floor * abs(exact.loss))
+    cosine = min((_cosine(ours.of[key], exact.of[key]) for key in exact.of), default=1.0)
+    passed = ratios[worst] <= TIMES_ROUNDING and loss_error <= loss_limit  # a NaN passes neither
+    seen = (
+        f"loss {ours.loss:.6g}, off by {loss_error:.1e} (plain {plain_loss:.1e}); {len(errors)} gradients, the worst "
+        f"{ratios[worst]:.2f} times the plain path's error, cosine {cosine:.6f}"
+    )
+    part = f"the gradient of {worst}" if ratios[worst] > TIMES_ROUNDING else "the loss"
+    return Check(
+        name, seen, limit, "pass" if passed else "fail",
+        mend="" if passed else f"{part} is not that of plain Transformers: set fuse: false and report the model",
+        details={
+            "documents": documents, "worst": worst, "rounding_floor": floor, "loss": ours.loss,
+            "plain_loss": plain.loss, "exact_loss": exact.loss,
+            "errors": {key: {"ours": a, "plain": b} for key, (a, b) in errors.items()},
+        },
+    )  # fmt: skip
+
+
+def _error(value: Tensor | None, exact: Tensor | None) -> float:
+    """Relative to the norm of what is exact; a gradient that should be there and is not is wholly wrong."""
+    if exact is None or value is None:
+        return 0.0 if exact is None and value is None else 1.0
+    norm = exact.norm().item()
+    difference = (value.to(exact.dtype) - exact).norm().item()
+    return difference / norm if norm else float(difference > 0)
+
+
+def _cosine(value: Tensor | None, exact: Tensor | None) -> float:
+    if exact is None or value is None or not exact.norm():
+        return 1.0
+    return torch.nn.functional.cosine_similarity(value.to(exact.dtype).flatten(), exact.flatten(), dim=0).item()
+
+
+def in_half(trainer: Any) -> bool:
+    args = trainer.args
+    return args.bf16 or args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+
+
+def rounding_floor(trainer: Any) -> float:
+    return 2 * torch.finfo(torch.bfloat16).eps if in_half(trainer) else 64 * torch.finfo(torch.float32).eps
+
+
+def has_experts(model: Any) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+# -- three ways to the same gradients ----------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def fused_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
+    parameters = trained(trainer.model)
+    batch = packed(documents, trainer.args.device)
+    with trainer.accelerator.autocast():
+        loss = trainer.fused_outputs(trainer.model, batch, num_supervised(documents)).loss
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return Gradients(loss.item(), dict(zip(parameters, found, strict=True)))
+
+
+def plain_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
+    with trainer.accelerator.autocast():
+        return _one_by_one(trainer, documents, trainer.model)
+
+
+def exact_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
+    """In fp32 for a run in half precision, with quantized weights, or with experts (whose products have no fp64);
+    otherwise in fp64. fp32 has no TF32 here."""
+    model = trainer.model
+    no_fp64 = has_experts(model) or any(type(module).__name__ in QUANTIZED for module in model.modules())
+    dtype = torch.float32 if no_fp64 or in_half(trainer) else torch.float64
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(trainer.args.device.type, enabled=False), widened(model, dtype) as wide:
+            return _one_by_one(trainer, documents, wide)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _one_by_one(trainer: Any, documents: Sequence[Document], forward: Any) -> Gradients:
+    parameters = trained(trainer.model)
+    num_items, total = num_supervised(documents), 0.0
+    sums: dict[str, Tensor | None] = dict.fromkeys(parameters)
+    for document in documents:
+        ids, labels = (torch.tensor([document[key]], device=trainer.args.device) for key in ("input_ids", "labels"))
+        logits = forward(input_ids=ids, use_cache=False).logits[0, :-1]
+        loss = reference_loss(logits, labels[0, 1:], trainer.args) / num_items
+        total += loss.item()
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            before = sums[name]
+            if gradient is not None:
+                wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                sums[name] = wide if before is None else before + wide
+    return Gradients(total, sums)
+
+
+def reference_loss(logits_TV: Tensor, labels_T: Tensor, args: Any) -> Tensor:
+    """Summed over the supervised tokens, in fp32 or wider. dft: Wu et al., arXiv:2508.05629."""
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if args.loss_type == "dft":
+        nll_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="none")
+        return (nll_T * (-nll_T).detach().exp()).sum()
+    smoothing = args.label_smoothing_factor
+    return torch.nn.functional.cross_entropy(
+        logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+    )
+
+
+# -- the model, for a while --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which no two ways draw alike."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def no_zero_b(model: nn.Module) -> Iterator[None]:
+    """LoRA's B matrices that are all zero are small random numbers inside."""
+    zero = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for parameter in [*module.lora_B.parameters(), *module.lora_embedding_B.values()]
+        if parameter.requires_grad and not parameter.any()
+    ]
+    try:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.normal_(std=B_SCALE)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.zero_()
+
+
+@contextmanager
+def unfused(trainer: Any) -> Iterator[None]:
+    """Transformers' own layers and PyTorch's attention inside, what was there afterwards."""
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = fused_layers(model)
+    choices = trainer.activations.plan.choices if trainer.activations else ["keep"] * len(layers)
+    ours = base.config.get_text_config()._attn_implementation == ATTENTION_NAME
+    if layers:
+        unfuse(model)
+    if ours:
+        try:
+            set_text_attention(base, "sdpa")
+        except ValueError:  # softcaps and sinks
+            set_text_attention(base, "eager")
+    try:
+        yield
+    finally:
+        if ours:
+            use_varlen_attention(base)
+        if layers:
+            fuse(model)
+            set_activations(fused_layers(model), choices)
+
+
+@contextmanager
+def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+    """`model` as a function whose floating weights are `dtype`; a layer's are widened while it runs, and again for its
+    backward pass. Gradients arrive at the model's own parameters."""
+    layers = decoder_layers(model)
+    inside = {id(tensor) for layer in layers for tensor in [*layer.parameters(), *layer.buffers()]}
+    own = {name: tensor for name, tensor in _floating(model) if id(tensor) not in inside}
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_in_dtype(layer, dtype))
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):  # of bitsandbytes: what a 4-bit weight is made into
+                stack.callback(setattr, module, "compute_dtype", module.compute_dtype)
+                module.compute_dtype = dtype
+        yield lambda **inputs: functional_call(
+            model, {name: tensor.to(dtype) for name, tensor in own.items()}, (), inputs
+        )
+
+
+@contextmanager
+def _in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    had = vars(layer).get("forward")
+
+    def run(*args, **kwargs):
+        _restore(layer, had)
+        try:
+            return functional_call(layer, {name: tensor.to(dtype) for name, tensor in _floating(layer)}, args, kwargs)
+        finally:
+            vars(layer)["forward"] = wide
+
+    wide = partial(checkpoint, run, use_reentrant=False)
+    vars(layer)["forward"] = wide
+    try:
+        yield
+    finally:
+        _restore(layer, had)
+
+
+def _restore(layer: nn.Module, forward: Any) -> None:
+    if forward is None:
+        vars(layer).pop("forward", None)
+    else:
+        vars(layer)["forward"] = forward
+
+
+def _floating(module: nn.Module) -> list[tuple[str, Tensor]]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.element_size() > 1]
