@@ -109,6 +109,29 @@ def inspect(
 
 
 @app.command()
+def check(
+    changes: Changes = None,
+    model: Model = None,
+    data: Data = None,
+    method: Method = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the checks that training begins with, without training.
+
+    Exits with 1 where one fails.
+    """
+    recipe = _recipe(changes, model=model, data=data, method=method)
+    from rich.console import Console
+
+    from truetune import run
+
+    proof = run.check(recipe, Console(stderr=True))
+    if as_json:
+        print(json.dumps(proof.to_dict(), indent=1, default=str))
+    raise typer.Exit(1 if proof.failures else 0)
+
+
+@app.command()
 def plan(
     changes: Changes = None,
     model: Model = None,
@@ -228,10 +251,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _mistakes() -> tuple[type[ValueError], ...]:
     from truetune.data.errors import DataError
     from truetune.models.errors import ModelError
+    from truetune.proof.errors import ProofError
     from truetune.recipe import RecipeError
     from truetune.train.errors import TrainError
 
-    return DataError, ModelError, TrainError, RecipeError
+    return DataError, ModelError, TrainError, RecipeError, ProofError
 
 
 def _say(message: str) -> None:

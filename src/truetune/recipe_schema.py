@@ -37,6 +37,7 @@ class Recipe:
     overflow: Literal["truncate", "split"] = "truncate"
     packing: bool = True
     training: dict[str, Any] = field(default_factory=dict)
+    preflight: Literal["full", "quick", "off"] = "full"
     output_dir: str = "runs/a"
     allow: list[str] = field(default_factory=list)
     explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -56,7 +57,7 @@ _SOURCE_HINTS = get_type_hints(Source)
 
 # Fields of SFTConfig that are no `training` keys: the recipe says the same elsewhere, or makes its batches itself.
 _OWN_KEY = {
-    **{name: f"`{name}`" for name in ("max_length", "packing", "output_dir", "allow")},
+    **{name: f"`{name}`" for name in ("max_length", "packing", "preflight", "output_dir", "allow")},
     "chat_template_path": "`chat_template`",
     "completion_only_loss": "`supervise`",
     "assistant_only_loss": "`supervise`",

@@ -5,7 +5,8 @@ user's mistake leaves nothing half done.
 """
 
 import os
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from truetune.data.prepare import Prepared
 from truetune.data.stream import DocumentStream
 from truetune.launch import INTERRUPTED, launch, processes_to_start
 from truetune.models.load import check_model, load_model
+from truetune.proof.result import Proof
 from truetune.recipe import Recipe, with_batch_split
 from truetune.run_callbacks import ShowProgress, StopOnInterrupt, WriteMetrics
 from truetune.run_data import Plan, make_plan, prepare_data, print_counts, print_plan
@@ -113,6 +115,26 @@ def train(
     return RunResult(output, plan, trainer, interrupted)
 
 
+def check(recipe: Recipe, console: Console) -> Proof:
+    """The checks that `train` begins with, on the recipe's own weights and data; nothing is left but the data's cache.
+
+    Raises what `train` raises, but for failed checks, which the result holds.
+    """
+    level = "full" if recipe.preflight == "off" else recipe.preflight
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = replace(recipe, output_dir=directory, preflight=level)
+        args = training_arguments(recipe)
+        config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
+        check_architecture(config, recipe, args)
+        check_adapter(recipe)
+        tokenizer, new_ids = load_tokenizer(recipe)
+        data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
+        trainer = make_trainer(recipe, args, tokenizer, new_ids, data, eval_data)
+        if args.rehearse and args.device.type == "cuda":
+            trainer.rehearse()
+        return trainer.preflight()
+
+
 def training_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's `training`, what the recipe says elsewhere, and what this machine decides.
 
@@ -126,6 +148,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     machine = {"fp16": fp16, "bf16": bf16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
     display = {"disable_tqdm": True, "logging_nan_inf_filter": False}  # a loss of NaN is shown as one
     own = {"output_dir": recipe.output_dir, "max_length": recipe.max_length, "allow": list(recipe.allow)}
+    own["preflight"] = recipe.preflight
     try:
         args = SFTConfig(**{**machine, **display, **training, **own})
         # A schedule says only here, with an optimizer of nothing, that it lacks one of its lr_scheduler_kwargs.
@@ -176,6 +199,7 @@ def make_trainer(
             eval_dataset=None if eval_data is None else eval_data.documents,
             processing_class=tokenizer,
             pack=recipe.packing,
+            counts=data.counts.to_dict(),
         )
     except (TrainError, torch.OutOfMemoryError):
         raise

@@ -37,6 +37,7 @@ _WRITTEN = (
     "run.json",
     "metrics.jsonl",
     "activation_plan.json",
+    "proof.json",
     "README.md",
 )
 SAVING = ".saving"

@@ -31,7 +31,8 @@ def excerpt(documents: Sequence[Document], tokens: int, at_least: int) -> list[D
     A long document gives a window round its first supervised tokens; where there are too few documents, one gives
     several. Fewer than asked for, even none, where there is not enough supervised text.
     """
-    share, parts = tokens // at_least, []
+    share = tokens // at_least
+    parts: list[Document] = []
     for document in documents:
         for part in _windows(document, share):
             if sum(len(each["input_ids"]) for each in parts) + len(part["input_ids"]) > tokens:

@@ -250,7 +250,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
         for module in model.modules():
             if hasattr(module, "compute_dtype"):  # of bitsandbytes: what a 4-bit weight is made into
                 stack.callback(setattr, module, "compute_dtype", module.compute_dtype)
-                module.compute_dtype = dtype
+                module.compute_dtype = dtype  # type: ignore[assignment]
         yield lambda **inputs: functional_call(
             model, {name: tensor.to(dtype) for name, tensor in own.items()}, (), inputs
         )

@@ -43,8 +43,8 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         return _finite({"passed": not self.failures, **asdict(self)})
 
-    def table(self) -> Table:
-        table = Table(title=f"Proof ({self.seconds:.1f} s)", title_justify="left")
+    def table(self, title: str = "") -> Table:
+        table = Table(title=title or f"Proof ({self.seconds:.1f} s)", title_justify="left")
         for column in ("check", "seen", "limit", "verdict"):
             table.add_column(column, overflow="fold")
         for check in self.checks:

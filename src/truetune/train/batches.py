@@ -1,12 +1,14 @@
 """The largest batch that a trainer can meet, without a look at its data loader, whose order it must not change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 
-from truetune.data.collate import UnpaddingCollator, collate_documents
+from truetune.data.collate import UnpaddingCollator, collate_documents, unpad
+from truetune.proof.excerpt import documents_of
+from truetune.proof.supervision import Documents
 
 
 def document_lengths(documents: datasets.Dataset) -> np.ndarray:
@@ -45,6 +47,26 @@ def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[s
     lengths = row_lengths(dataset)
     if lengths is None or isinstance(dataset, dict):
         return None
+    return batch_of_rows(trainer, dataset, longest(lengths, batch_size))
+
+
+def batch_of_rows(trainer: Any, dataset: datasets.Dataset, which: Iterable[int]) -> dict[str, Any]:
     rows = trainer._remove_unused_columns(dataset, description="rehearsal")
     collate = trainer.data_collator if trainer._unpadding_off else UnpaddingCollator(trainer.data_collator)
-    return collate([rows[i] for i in longest(lengths, batch_size)])
+    return collate([rows[i] for i in which])
+
+
+def has_trl_collator(trainer: Any) -> bool:
+    return type(trainer.data_collator).__module__.startswith("trl.")
+
+
+def documents_of_rows(trainer: Any, dataset: datasets.Dataset, most: int | None) -> Documents:
+    """The first `most` rows as TRL's collator labels them; of rows that were packed, their documents."""
+    rows = trainer._remove_unused_columns(dataset, description="audit")
+    found = [
+        document
+        for index in range(min(len(rows), most or len(rows)))
+        for document in documents_of(unpad(trainer.data_collator([rows[index]])))
+    ]
+    ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
+    return Documents(ids, labels)

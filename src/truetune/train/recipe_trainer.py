@@ -1,7 +1,7 @@
 """The trainer behind the command line: whole documents in, packs of our own making."""
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import datasets
@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from truetune.data.collate import collate_documents
 from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
+from truetune.proof.supervision import Documents
 from truetune.train.batches import document_lengths, longest
 from truetune.train.trainer import SFTTrainer
 
@@ -21,11 +22,15 @@ class RecipeTrainer(SFTTrainer):
     `per_device_train_batch_size` counts packs of at most `args.max_length` tokens, or documents with `pack=False`.
     Which documents share a pack is a pure function of lengths, seed and epoch. A `datasets.IterableDataset` is packed
     from a buffer, a pure function of its documents, seed and epoch, and begun again at its end, until `args.max_steps`.
-    The evaluation loss is the mean over all supervised tokens, not over batches.
+    The evaluation loss is the mean over all supervised tokens, not over batches. `counts`: what became of the rows that
+    the documents come from (`Counts.to_dict()`), for the audit.
     """
 
-    def __init__(self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, **keywords) -> None:
+    def __init__(
+        self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, counts=None, **keywords
+    ) -> None:
         self._pack = pack
+        self.counts = counts
         args.packing = args.padding_free = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
@@ -65,6 +70,21 @@ class RecipeTrainer(SFTTrainer):
                           self.args.eval_batch_size if evaluation else self._train_batch_size)  # fmt: skip
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
+
+    def first_batch(self) -> dict[str, Any] | None:
+        dataset = self.train_dataset
+        if isinstance(dataset, datasets.IterableDataset):
+            return None
+        packs = list(islice(self._sampler(dataset, self._seed), self._train_batch_size))
+        documents = PackedDocuments(dataset, len(packs))
+        return _collate([documents[pack] for pack in packs])
+
+    def documents_to_audit(self, everything: bool) -> tuple[Documents, Documents | None, dict[str, Any] | None] | None:
+        if isinstance(self.train_dataset, datasets.IterableDataset):
+            return None
+        evaluation = self.eval_dataset
+        known = isinstance(evaluation, datasets.Dataset)
+        return Documents.of(self.train_dataset), Documents.of(evaluation) if known else None, self.counts
 
     @property
     def _seed(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 import trl
 from peft import PeftModel
@@ -23,15 +24,26 @@ from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
+from truetune.proof.result import Proof
+from truetune.proof.supervision import Documents
 from truetune.train.activations import Activations, check_policy
-from truetune.train.batches import batch_of_longest_rows, row_lengths
+from truetune.train.batches import (
+    batch_of_longest_rows,
+    batch_of_rows,
+    documents_of_rows,
+    has_trl_collator,
+    row_lengths,
+)
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
+from truetune.train.proving import Proving
 from truetune.train.report import TrainReport
 
 logger = logging.getLogger(__name__)
+FIRST_ROWS = 8
+AUDITED_ROWS = 1000  # by the quick preflight
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
 
 
@@ -50,8 +62,10 @@ class SFTTrainer(trl.SFTTrainer):
         self._device_metrics = {"train": DeviceMetrics(), "eval": DeviceMetrics()}
         self._ours = False  # until the end of this method: TRL's own code may run first
         self.activations: Activations | None = None  # where they are planned
+        self.proving: Proving
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, args, *positional, **keywords)
+        self.proving = Proving(self)
         self.report.stock = _why_stock_trl(self)
         if self.report.stock:
             self.report.add("trainer", "truetune", "stock TRL", "; ".join(self.report.stock))
@@ -225,7 +239,42 @@ class SFTTrainer(trl.SFTTrainer):
         if own_setting(self.args, "rehearse") and self.args.device.type == "cuda":
             self.rehearse()
         self._print(self.report.parts_table())
+        self.proving.begin()
         return super().train(*args, **kwargs)
+
+    # -- proof
+
+    def preflight(self) -> Proof:
+        """Runs the checks that `train` begins with (see docs/proof.md) and returns what they saw.
+
+        Nothing that training depends on changes. A failed check raises nothing here; `train` raises `ProofError`.
+        """
+        return self.proving.preflight()
+
+    @property
+    def proof(self) -> Proof:
+        return self.proving.proof
+
+    def first_batch(self) -> dict[str, Any] | None:
+        """The data's first rows as the data loader would give them; None where they are not known before it is read,
+        or a collator of the user's own would have to be called."""
+        lengths = row_lengths(self.train_dataset)
+        if lengths is None or isinstance(self.train_dataset, dict) or not has_trl_collator(self):
+            return None
+        return batch_of_rows(self, self.train_dataset, range(min(len(lengths), FIRST_ROWS)))
+
+    def documents_to_audit(self, everything: bool) -> tuple[Documents, Documents | None, dict[str, Any] | None] | None:
+        """(documents to train on, to evaluate on, what became of the rows); None as in `first_batch`."""
+        if self.first_batch() is None:
+            return None
+        most = None if everything else AUDITED_ROWS
+        evaluation = self.eval_dataset if row_lengths(self.eval_dataset) is not None else None
+        known = isinstance(evaluation, datasets.Dataset)
+        return (
+            documents_of_rows(self, self.train_dataset, most),
+            documents_of_rows(self, evaluation, most) if known else None,
+            None,
+        )
 
     def _print(self, table) -> None:
         if self.is_world_process_zero():

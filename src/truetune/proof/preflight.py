@@ -1,0 +1,91 @@
+"""All checks that run before a training, in order, cheap ones first."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from truetune.proof.effect import check_parts, check_targets, check_weights
+from truetune.proof.errors import ProofError
+from truetune.proof.excerpt import documents_of, excerpt
+from truetune.proof.leaks import check_leaks
+from truetune.proof.parity import check_parity
+from truetune.proof.result import Check, Proof, accepted, failure
+from truetune.proof.storage import check_disk, check_export
+from truetune.proof.supervision import Limits, audit
+from truetune.proof.untouched import untouched
+
+logger = logging.getLogger(__name__)
+LEVELS = ("full", "quick", "off")
+EXCERPT = {"full": 1024, "quick": 192}  # tokens that parity and leak probe take
+DOCUMENTS = 4
+
+
+def check_level(level: str) -> None:
+    """Raises `ProofError`."""
+    if level not in LEVELS:
+        raise ProofError(f"preflight {level!r} is unknown: use one of {', '.join(LEVELS)}.")
+
+
+def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Proof:
+    """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
+
+    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads` and
+    `activations`. Weights, gradients, buffers and random states are afterwards what they were.
+    """
+    begun = time.perf_counter()
+    proof = Proof()
+
+    def run(name: str, check: Callable[[], Check | Sequence[Check] | None]) -> None:
+        found: Check | Sequence[Check] | None
+        try:
+            with untouched(trainer.model):
+                found = check()
+        except torch.OutOfMemoryError:
+            found = Check(name, "not run: out of device memory", "", "skip")
+        except Exception as error:  # no reason to stop a run, and no proof either
+            logger.debug("The check %s broke", name, exc_info=True)
+            words = " ".join(str(error).split())[:200]
+            mend = "the check itself broke, which proves nothing: report it"
+            found = Check(name, f"not run: {type(error).__name__}: {words}", "", "warn", mend)
+        several = [] if found is None else [found] if isinstance(found, Check) else found
+        proof.checks += [accepted(check, allow) for check in several]
+
+    run("weights", lambda: check_weights(trainer.model))
+    run("adapter targets", lambda: check_targets(trainer.model))
+    run("parts", lambda: check_parts(trainer))
+    run("supervised tokens", lambda: _audit(trainer, level, limits))
+    if not trainer.report.stock:
+        batch = trainer.first_batch()
+        some = excerpt([] if batch is None else documents_of(batch), EXCERPT[level], DOCUMENTS)
+        run("leak probe", lambda: check_leaks(trainer, some))
+        run("reference parity", lambda: check_parity(trainer, some))
+    run("disk", lambda: check_disk(trainer))
+    if level == "full":
+        run("export", lambda: check_export(trainer.model))
+    proof.seconds = time.perf_counter() - begun
+    return proof
+
+
+def stop_on(failures: Sequence[Check]) -> None:
+    """Raises `ProofError` with the first failure's cause and mend, and how many more there are."""
+    if failures:
+        more = f" ({len(failures) - 1} more checks failed)" if len(failures) > 1 else ""
+        raise ProofError(failure(failures[0]).removesuffix(".") + more + ".")
+
+
+def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
+    found = trainer.documents_to_audit(everything=level == "full")
+    if found is None:
+        return [Check("supervised tokens", "not run: the data is not known before it is read", "", "skip")]
+    documents, evaluation, counts = found
+    tokenizer = trainer.processing_class
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    ends = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    length = trainer.args.max_length
+    return audit(
+        documents, tokenizer, limits, stops=sorted(stops), max_length=length, counts=counts, evaluation=evaluation
+    )

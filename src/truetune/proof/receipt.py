@@ -1,0 +1,137 @@
+"""Learning receipt: after the first optimizer steps, what was to be trained has moved, and nothing else has.
+
+The largest gradient of each trained tensor is remembered, and whether its element moved in the step: an embedding of
+which a few rows were seen is judged by those. Of frozen tensors a few elements are kept.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from truetune.proof.result import Check
+
+STEPS = 3  # with a learning rate; LoRA's A has a gradient from the second on
+KEPT = 64  # elements of a frozen tensor
+SAMPLED = 4096  # elements of a trained tensor in half precision
+MOST_ROUNDED_AWAY = 0.5
+
+
+class LearningReceipt(TrainerCallback):
+    """Calls `done` with its checks after `STEPS` steps that had a learning rate, or at the end of a shorter run."""
+
+    def __init__(self, model: nn.Module, done: Callable[[list[Check]], None]) -> None:
+        self.model, self.done = model, done
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps, self.finished = 0, False
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        self.frozen = {name: (parameter, _few(parameter)) for name, parameter in frozen.items()}
+        self.had_gradient: set[str] = set()
+        self.moved: set[str] = set()
+        self.not_finite: set[str] = set()
+        self.rounded_away = self.sampled = 0
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.learning = optimizer is not None and any(group["lr"] > 0 for group in optimizer.param_groups)
+        if self.finished or not self.learning:
+            return
+        gradients = {name: p.grad.detach().flatten() for name, p in self.trained.items() if p.grad is not None}
+        largest = {name: gradient.abs().max(0) for name, gradient in gradients.items() if gradient.numel()}
+        if not largest:
+            return
+        values = torch.stack([value.float() for value, _ in largest.values()])
+        finite, positive = values.isfinite().tolist(), (values > 0).tolist()
+        for (name, (_, index)), is_finite, is_positive in zip(largest.items(), finite, positive, strict=True):
+            if not is_finite:
+                self.not_finite.add(name)
+            elif is_positive:
+                self.had_gradient.add(name)
+                value = self.trained[name].detach().flatten()
+                self.before[name] = index, value[index].clone(), _sample(value).clone()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.finished or not self.learning:
+            return
+        moved = {}
+        for name, (index, value, sample) in self.before.items():
+            now, gradient = self.trained[name].detach().flatten(), self.trained[name].grad
+            moved[name] = now[index] != value
+            if now.element_size() == 2 and gradient is not None:
+                touched = _sample(gradient.detach().flatten()) != 0
+                self.sampled += int(touched.sum())
+                self.rounded_away += int((touched & (_sample(now) == sample)).sum())
+        if moved:
+            flags = torch.stack(list(moved.values())).tolist()
+            self.moved |= {name for name, flag in zip(moved, flags, strict=True) if flag}
+        self.steps += 1
+        if self.steps == STEPS:
+            self._finish()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.finished and self.steps:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self.done(self.checks())
+        self.frozen.clear()
+
+    def checks(self) -> list[Check]:
+        checks = [self._trained(), self._frozen()]
+        if self.sampled:
+            share = self.rounded_away / self.sampled
+            high = share > MOST_ROUNDED_AWAY
+            mend = "small updates are lost in bf16: train fp32 weights, or set stochastic_rounding" if high else ""
+            checks.append(
+                Check("rounded away", f"{share:.1%} of sampled updates of half-precision weights",
+                      f"at most {MOST_ROUNDED_AWAY:.0%}", "warn" if high else "pass", mend, details={"share": share})
+            )  # fmt: skip
+        return checks
+
+    def _trained(self) -> Check:
+        without = [name for name in self.trained if name not in self.had_gradient | self.not_finite]
+        if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A
+            without = [name for name in without if "lora_A" not in name and "lora_embedding_A" not in name]
+        bad = {
+            "a gradient that is not finite": sorted(self.not_finite),
+            "no gradient": without,
+            "a gradient that did not move them": sorted(self.had_gradient - self.moved),
+        }
+        found = "".join(f"; {len(names):,} with {what} ({names[0]}, ...)" for what, names in bad.items() if names)
+        return Check(
+            "trained tensors",
+            f"{len(self.moved):,} of {len(self.trained):,} moved in {self.steps} steps{found}",
+            "all have a finite gradient and move",
+            "fail" if found else "pass",
+            mend="what is to be trained is not: freeze it, or look why the loss does not reach it" if found else "",
+            allow="untrained_tensors" if found else "",
+            details={what: names[:50] for what, names in bad.items()},
+        )
+
+    def _frozen(self) -> Check:
+        changed = [name for name, (parameter, few) in self.frozen.items() if not torch.equal(_few(parameter), few)]
+        return Check(
+            "frozen tensors",
+            f"{len(self.frozen) - len(changed):,} of {len(self.frozen):,} unchanged"
+            + (f"; changed: {', '.join(changed[:3])}" if changed else ""),
+            "all unchanged",
+            "fail" if changed else "pass",
+            mend="a callback or the optimizer changes what is frozen: let it be trained, or leave it alone"
+            if changed
+            else "",
+            allow="changed_frozen" if changed else "",
+            details={"changed": changed[:50]},
+        )
+
+
+def _sample(flat: Tensor) -> Tensor:
+    return flat[:: max(1, flat.numel() // SAMPLED)]
+
+
+def _few(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // KEPT)].clone()

@@ -1,0 +1,85 @@
+"""What the run will write is tried before it: the adapter or the model, its way back, and the disk it needs."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from truetune.proof.result import Check
+
+MOST_BYTES = 2**31  # of weights that are written for a try; more is a matter of minutes
+
+
+def check_export(model: Any) -> Check:
+    """Saves to a temporary directory and reads back: each tensor must be there, bit for bit."""
+    name, limit = "export", "every tensor read back bit for bit"
+    state = _state(model)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > MOST_BYTES:
+        return Check(name, f"not tried: {size / 2**30:.1f} GiB to write", limit, "skip")
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        read: dict[str, Tensor] = {}
+        for file in Path(directory).glob("*.safetensors"):
+            read |= load_file(file)
+    wrong = [
+        key for key, tensor in state.items()
+        if key in read and not _same(read[key], tensor)
+    ]  # fmt: skip
+    values = {_fingerprint(tensor) for tensor in read.values()}
+    missing = [key for key, tensor in state.items() if key not in read and _fingerprint(tensor) not in values]
+    bad = wrong + missing
+    return Check(
+        name,
+        f"{len(read)} tensors, {size / 2**20:.1f} MiB" + (f"; lost or changed: {', '.join(bad[:3])}" if bad else ""),
+        limit,
+        "fail" if bad else "pass",
+        mend="what is saved is not what is trained: report the model" if bad else "",
+        allow="export" if bad else "",
+        details={"bytes": size, "missing": missing, "changed": wrong},
+    )
+
+
+def check_disk(trainer: Any) -> Check:
+    """Free disk against checkpoints and the result; an optimizer holds two fp32 averages at most."""
+    args, trained = trainer.args, [p for p in trainer.model.parameters() if p.requires_grad]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in _state(trainer.model).values())
+    optimizer = 8 * sum(parameter.numel() for parameter in trained)
+    saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    kept = 0 if not saves else (args.save_total_limit or 5) + 1  # one more while the oldest is still there
+    needed = weights + kept * (weights + optimizer)
+    place = next(path for path in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents)
+                 if path.exists())  # fmt: skip
+    free = shutil.disk_usage(place).free
+    low = needed > free
+    return Check(
+        "disk",
+        f"{free / 2**30:,.1f} GiB free",
+        f"{needed / 2**30:,.2f} GiB for {kept} checkpoints and the result",
+        "fail" if low else "pass",
+        mend="the disk fills up during the run: lower save_total_limit or choose another output_dir" if low else "",
+        allow="disk" if low else "",
+        details={"free": free, "needed": needed},
+    )
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model)
+    return model.state_dict()
+
+
+def _same(read: Tensor, tensor: Tensor) -> bool:
+    tensor = tensor.detach().cpu()
+    return read.dtype == tensor.dtype and read.shape == tensor.shape and torch.equal(read, tensor)
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """Tied weights are written once, under one of their names."""
+    flat = tensor.detach().flatten()[:64].cpu()
+    return tuple(tensor.shape), tuple(flat.double().tolist())

@@ -1,0 +1,290 @@
+"""Supervision audit: what is trained of the data, over all documents, from token ids and labels alone.
+
+It shares no code with what makes labels, so that a fault there shows here.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+
+from truetune.proof.errors import ProofError
+from truetune.proof.excerpt import IGNORE_INDEX
+from truetune.proof.result import Check
+
+SHOWN = 3  # worst documents of a kind
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What stops a run; shares from 0 to 1.
+
+    supervised: at least, of all tokens; lost: at most, of supervised tokens that truncation takes;
+    turn_ends: at least, of supervised turns whose last token is one that generation stops on;
+    whole_documents: at most, of documents in which everything is supervised, prompts included.
+    """
+
+    supervised: float = 0.005
+    lost: float = 0.25
+    turn_ends: float = 0.9
+    whole_documents: float = 1.0
+
+    @classmethod
+    def of(cls, given: Mapping[str, float] | str | None) -> "Limits":
+        """A mapping, or JSON with one. Raises `ProofError` for a name that is none."""
+        if isinstance(given, str):
+            given = json.loads(given)
+        names = [field.name for field in fields(cls)]
+        given = dict(given or {})
+        for name in given:
+            if name not in names:
+                raise ProofError(f"preflight_limits has no {name}: use {', '.join(names)}.")
+        return cls(**given)
+
+
+class Documents:
+    """Token ids and labels of many documents, flat: int32 [N], and offsets int64 [D + 1]."""
+
+    def __init__(self, input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> None:
+        self.ids_N = np.concatenate([*input_ids, np.empty(0, np.int32)]).astype(np.int32)
+        self.labels_N = np.concatenate([*labels, np.empty(0, np.int32)]).astype(np.int32)
+        self.ends = np.cumsum([0, *map(len, input_ids)])
+
+    @classmethod
+    def of(cls, documents: datasets.Dataset) -> "Documents":
+        table = documents.with_format("arrow").select_columns(["input_ids", "labels"])[:]
+        made = cls([], [])
+        made.ids_N, made.labels_N = (
+            np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].chunks])
+            for name in ("input_ids", "labels")
+        )
+        lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in table["input_ids"].chunks]
+        made.ends = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        return made
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @cached_property
+    def supervised_N(self) -> np.ndarray:
+        return self.labels_N != IGNORE_INDEX
+
+    @cached_property
+    def turns(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last place of each run of supervised tokens within a document."""
+        first = np.zeros(len(self.ids_N), bool)
+        first[self.ends[:-1][np.diff(self.ends) > 0]] = True
+        before = np.concatenate([[False], self.supervised_N[:-1]]) & ~first
+        starts = np.flatnonzero(self.supervised_N & ~before)
+        after = np.concatenate([self.supervised_N[1:] & ~first[1:], [False]])
+        return starts, np.flatnonzero(self.supervised_N & ~after)
+
+    def document_of(self, places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.ends, places, side="right") - 1
+
+    def tokens(self, document: int) -> np.ndarray:
+        return self.ids_N[self.ends[document] : self.ends[document + 1]]
+
+    def prompt(self, document: int) -> bytes:
+        """What comes before the first supervised token."""
+        start, end = self.ends[document : document + 2]
+        supervised = np.flatnonzero(self.supervised_N[start:end])
+        return self.ids_N[start : start + (supervised[0] if len(supervised) else 0)].tobytes()
+
+
+def audit(
+    documents: Documents,
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    stops: Sequence[int],
+    max_length: int | None,
+    counts: Mapping[str, Any] | None = None,
+    evaluation: Documents | None = None,
+) -> list[Check]:
+    """`stops`: ids that generation ends on; `counts`: what became of the rows, where that is known."""
+    checks = [
+        _supervised(documents, limits),
+        _labels(documents, tokenizer),
+        _first_tokens(documents, tokenizer),
+        _turn_ends(documents, tokenizer, limits, stops, max_length),
+        _prompts(documents, tokenizer, limits),
+    ]
+    if counts is not None:
+        checks.append(_lost(counts, limits))
+    checks.append(_duplicates(documents, tokenizer))
+    if evaluation is not None:
+        checks.append(_overlap(documents, evaluation, tokenizer))
+    return checks
+
+
+def _supervised(documents: Documents, limits: Limits) -> Check:
+    supervised, tokens = int(documents.supervised_N.sum()), len(documents.ids_N)
+    share = supervised / max(1, tokens)
+    low = share < limits.supervised
+    return Check(
+        "supervised tokens",
+        f"{supervised:,} of {tokens:,} tokens in {len(documents):,} documents ({share:.1%})",
+        f"at least {limits.supervised:.1%}",
+        "fail" if low else "pass",
+        mend="nearly nothing is trained: check the roles of the data and what is supervised" if low else "",
+        allow="few_supervised" if low else "",
+        details={"supervised": supervised, "tokens": tokens, "documents": len(documents), "share": share},
+    )
+
+
+def _labels(documents: Documents, tokenizer: Any) -> Check:
+    """Labels are the ids themselves, unshifted."""
+    wrong = documents.supervised_N & (documents.labels_N != documents.ids_N)
+    found = np.unique(documents.document_of(np.flatnonzero(wrong)))
+    return Check(
+        "labels", f"{int(wrong.sum()):,} differ from their token", "0", "fail" if len(found) else "pass",
+        mend="labels are shifted or of another tokenizer: give labels that stand at their own token"
+        if len(found) else "",
+        details=_shown(documents, found, tokenizer),
+    )  # fmt: skip
+
+
+def _first_tokens(documents: Documents, tokenizer: Any) -> Check:
+    """BOS, and that nothing is predicted from nothing."""
+    starts = documents.ends[:-1][np.diff(documents.ends) > 0]
+    bos = tokenizer.bos_token_id
+    puts_it = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
+    first_is_bos = documents.ids_N[starts] == (-1 if bos is None else bos)
+    second = np.minimum(starts + 1, len(documents.ids_N) - 1)
+    twice = (
+        first_is_bos
+        & (documents.ids_N[second] == documents.ids_N[starts])
+        & (np.diff(documents.ends) > 1)[: len(starts)]
+    )
+    without = ~first_is_bos if puts_it else np.zeros(len(starts), bool)
+    supervised = documents.supervised_N[starts]
+    words = {
+        "begin with BOS": first_is_bos, "twice": twice, "lack the BOS that the tokenizer puts": without,
+        "have a supervised first token": supervised,
+    }  # fmt: skip
+    bad = np.flatnonzero(twice | supervised)
+    seen = ", ".join(f"{int(found.sum()):,} {name}" for name, found in words.items() if found.any()) or "no BOS"
+    verdict = "fail" if len(bad) else "warn" if without.any() else "pass"
+    mend = ""
+    if verdict != "pass":
+        mend = "the chat template and the tokenizer disagree about BOS: put it into one of them, once"
+    return Check("first tokens", seen, "one BOS, nothing supervised", verdict, mend=mend,  # type: ignore[arg-type]
+                 allow="bos" if bad.size else "", details=_shown(documents, bad, tokenizer))  # fmt: skip
+
+
+def _turn_ends(
+    documents: Documents, tokenizer: Any, limits: Limits, stops: Sequence[int], max_length: int | None
+) -> Check:
+    _, last = documents.turns
+    of = documents.document_of(last)
+    ends = documents.ends[1:][of]
+    cut = (last == ends - 1) & (np.diff(documents.ends)[of] >= (max_length or np.iinfo(np.int64).max))
+    whole = ~cut
+    stopped = np.isin(documents.ids_N[last], list(stops))
+    # A template may put white space behind the token that ends a turn, and supervise it.
+    before = documents.ids_N[np.maximum(last - 1, 0)]
+    stopped |= np.isin(before, list(stops)) & documents.supervised_N[np.maximum(last - 1, 0)]
+    share = float(stopped[whole].mean()) if whole.any() else 1.0
+    wrong = whole & ~stopped
+    others = Counter(documents.ids_N[last[wrong]].tolist()).most_common(SHOWN)
+    names = ", ".join(repr(tokenizer.decode([token])) for token, _ in others)
+    low = share < limits.turn_ends
+    return Check(
+        "turn ends",
+        f"{share:.1%} of {int(whole.sum()):,} supervised turns end with a token that generation stops on"
+        + (f"; others with {names}" if names else "")
+        + (f"; {int(cut.sum()):,} are cut at max_length" if cut.any() else ""),
+        f"at least {limits.turn_ends:.1%}",
+        "fail" if low else "pass",
+        mend="a model so trained does not stop: let the tokenizer's eos_token be what ends a turn of the chat template"
+        if low else "",
+        allow="turn_ends" if low else "",
+        details={"share": share, "stops": list(stops), "cut": int(cut.sum()),
+                 **_shown(documents, np.unique(of[wrong]), tokenizer)},
+    )  # fmt: skip
+
+
+def _prompts(documents: Documents, tokenizer: Any, limits: Limits) -> Check:
+    lengths = np.diff(documents.ends)
+    supervised = np.add.reduceat(np.append(documents.supervised_N, 0), documents.ends[:-1])[: len(lengths)]
+    whole = (supervised >= lengths - 1) & (lengths > 1)
+    share = float(whole.mean()) if len(whole) else 0.0
+    high = share > limits.whole_documents
+    return Check(
+        "prompts",
+        f"{int(whole.sum()):,} of {len(lengths):,} documents are supervised as a whole ({share:.1%})",
+        f"at most {limits.whole_documents:.1%}",
+        "fail" if high else "pass",
+        mend="prompts are trained too: give prompts and completions apart, or messages" if high else "",
+        allow="prompts_supervised" if high else "",
+        details={"share": share, **_shown(documents, np.flatnonzero(whole), tokenizer)},
+    )
+
+
+def _lost(counts: Mapping[str, Any], limits: Limits) -> Check:
+    lost, kept = counts.get("lost_supervised", 0), counts.get("supervised", 0)
+    share = lost / max(1, lost + kept)
+    dropped = counts.get("dropped", {})
+    reasons = "".join(f"; {count:,} documents dropped: {why.replace('_', ' ')}" for why, count in dropped.items())
+    high = share > limits.lost
+    return Check(
+        "truncation",
+        f"{counts.get('truncated', 0):,} documents cut, and {share:.1%} of their supervised tokens lost{reasons}",
+        f"at most {limits.lost:.1%} lost",
+        "fail" if high else "pass",
+        mend="answers are cut off: raise max_length, or set overflow: split" if high else "",
+        allow="lost_supervised" if high else "",
+        details={"lost_supervised": lost, "share": share, "dropped": dict(dropped)},
+    )
+
+
+def _duplicates(documents: Documents, tokenizer: Any) -> Check:
+    seen: set[bytes] = set()
+    again = []
+    for document in range(len(documents)):
+        key = documents.tokens(document).tobytes()
+        if key in seen:
+            again.append(document)
+        seen.add(key)
+    return Check(
+        "duplicates", f"{len(again):,} of {len(documents):,} documents stand there before", "0",
+        "warn" if again else "pass",
+        mend=f"{len(again):,} documents are trained more than once an epoch: remove them where that is not meant"
+        if again else "",
+        details=_shown(documents, np.array(again, int), tokenizer),
+    )  # fmt: skip
+
+
+def _overlap(documents: Documents, evaluation: Documents, tokenizer: Any) -> Check:
+    whole = {documents.tokens(document).tobytes() for document in range(len(documents))}
+    prompts = {documents.prompt(document) for document in range(len(documents))} - {b""}
+    same = [d for d in range(len(evaluation)) if evaluation.tokens(d).tobytes() in whole]
+    others = sorted(set(range(len(evaluation))) - set(same))
+    asked = [d for d in others if evaluation.prompt(d) in prompts]
+    found = same + asked
+    return Check(
+        "evaluation set",
+        f"{len(same):,} of {len(evaluation):,} documents stand in the training data, "
+        f"{len(asked):,} with another answer",
+        "0",
+        "warn" if found else "pass",
+        mend="the evaluation loss measures memory: hold those rows out" if found else "",
+        details={"same": len(same), "same_prompt": len(asked), **_shown(evaluation, np.array(found, int), tokenizer)},
+    )
+
+
+def _shown(documents: Documents, which: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+    """The first few, as text."""
+    if not len(which):
+        return {}
+    examples = [
+        {"document": int(document), "text": tokenizer.decode(documents.tokens(int(document)).tolist())[:400]}
+        for document in which[:SHOWN]
+    ]
+    return {"count": len(which), "examples": examples}

@@ -1,0 +1,73 @@
+"""A trainer's proof: the checks before its first step, the receipt after the first ones, and proof.json."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from truetune.proof.preflight import check_level, preflight, stop_on
+from truetune.proof.receipt import LearningReceipt
+from truetune.proof.result import Check, Proof, accepted
+from truetune.proof.supervision import Limits
+from truetune.train.config import own_setting
+
+logger = logging.getLogger(__name__)
+PROOF_FILE = "proof.json"
+
+
+class Proving(TrainerCallback):
+    """`SFTConfig.preflight` of one trainer. `proof`: what was found so far."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.level, self.allow = (own_setting(trainer.args, name) for name in ("preflight", "allow"))
+        check_level(self.level)
+        self.limits = Limits.of(own_setting(trainer.args, "preflight_limits"))
+        self.proof = Proof()
+
+    def preflight(self) -> Proof:
+        """The checks before a training. Nothing that it depends on changes, and a failure raises nothing here."""
+        self.proof = preflight(self.trainer, self.level, self.allow, self.limits)
+        self._print(self.proof)
+        return self.proof
+
+    def begin(self) -> None:
+        """Called right before training. Raises `ProofError` where a check fails."""
+        if self.level == "off":
+            return
+        stop_on(self.preflight().failures)
+        for callback in (Proving, LearningReceipt):
+            self.trainer.remove_callback(callback)  # an earlier training's
+        self.trainer.add_callback(self)
+        self.trainer.add_callback(LearningReceipt(self.trainer.model, self._on_receipt))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.save()
+
+    def save(self) -> None:
+        args = self.trainer.args
+        if not args.should_save or args.output_dir is None:
+            return
+        path = Path(args.output_dir) / PROOF_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{PROOF_FILE}.new")
+        beside.write_text(json.dumps(self.proof.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+    def _on_receipt(self, checks: list[Check]) -> None:
+        checks = [accepted(check, self.allow) for check in checks]
+        self.proof.checks += checks
+        self.save()
+        self._print(Proof(checks), title="Learning receipt")
+        stop_on([check for check in checks if check.verdict == "fail"])
+
+    def _print(self, proof: Proof, title: str = "") -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        Console(stderr=True).print(proof.table(title))
+        for warning in proof.warnings():
+            logger.warning("%s.", warning)
