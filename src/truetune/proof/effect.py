@@ -66,7 +66,7 @@ def check_targets(model: nn.Module) -> Check | None:
         "fail" if missed else "warn" if partly else "pass",
         mend=mend or (f"{len(layers) - with_adapter} layers have no adapter" if partly else ""),
         allow="adapter_targets" if missed else "",
-        details={"modules": Counter(name.rpartition(".")[2] for name in names), "missed": missed},
+        details={"modules": dict(Counter(name.rpartition(".")[2] for name in names)), "missed": missed},
     )
 
 

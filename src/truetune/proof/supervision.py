@@ -38,13 +38,13 @@ class Limits:
     def of(cls, given: Mapping[str, float] | str | None) -> "Limits":
         """A mapping, or JSON with one. Raises `ProofError` for a name that is none."""
         if isinstance(given, str):
-            given = json.loads(given)
+            given = dict(json.loads(given))
         names = [field.name for field in fields(cls)]
-        given = dict(given or {})
-        for name in given:
+        values: dict[str, float] = dict(given or {})
+        for name in values:
             if name not in names:
                 raise ProofError(f"preflight_limits has no {name}: use {', '.join(names)}.")
-        return cls(**given)
+        return cls(**values)
 
 
 class Documents:

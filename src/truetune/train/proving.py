@@ -14,6 +14,7 @@ from truetune.proof.receipt import LearningReceipt
 from truetune.proof.result import Check, Proof, accepted
 from truetune.proof.supervision import Limits
 from truetune.train.config import own_setting
+from truetune.train.optim import embedding_parameters
 
 logger = logging.getLogger(__name__)
 PROOF_FILE = "proof.json"
@@ -45,7 +46,10 @@ class Proving(TrainerCallback):
         self.trainer.add_callback(self)
         self.trainer.add_callback(LearningReceipt(self.trainer.model, self._on_receipt))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        rate = own_setting(args, "embedding_learning_rate")
+        if rate is not None and optimizer is not None and not self.trainer.report.stock:
+            self._add([check_embedding_rate(self.trainer.model, optimizer, rate)])
         self.save()
 
     def save(self) -> None:
@@ -59,10 +63,13 @@ class Proving(TrainerCallback):
         os.replace(beside, path)
 
     def _on_receipt(self, checks: list[Check]) -> None:
+        self._print(Proof(checks), title="Learning receipt")
+        self._add(checks)
+
+    def _add(self, checks: list[Check]) -> None:
         checks = [accepted(check, self.allow) for check in checks]
         self.proof.checks += checks
         self.save()
-        self._print(Proof(checks), title="Learning receipt")
         stop_on([check for check in checks if check.verdict == "fail"])
 
     def _print(self, proof: Proof, title: str = "") -> None:
@@ -71,3 +78,22 @@ class Proving(TrainerCallback):
         Console(stderr=True).print(proof.table(title))
         for warning in proof.warnings():
             logger.warning("%s.", warning)
+
+
+def check_embedding_rate(model: Any, optimizer: Any, asked: float) -> Check:
+    """The groups of an optimizer give the schedule's start as `initial_lr`, and `lr` where there is no schedule."""
+    embeddings = {id(parameter) for parameter in embedding_parameters(model)}
+    rates = {
+        id(parameter): group.get("initial_lr", group["lr"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found = sorted({rates.get(key, 0.0) for key in embeddings})
+    right = found == [asked]
+    return Check(
+        "learning rates",
+        f"{len(embeddings)} tensors of embeddings and head at {' and '.join(f'{rate:.3g}' for rate in found)}",
+        f"{asked:.3g}",
+        "pass" if right else "fail",
+        mend="" if right else "embedding_learning_rate does not reach the optimizer: let the trainer make it",
+    )
