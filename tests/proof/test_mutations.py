@@ -42,10 +42,6 @@ def without_terminators(ids, labels, tokenizer):
     return ids, [np.where(row == tokenizer.eos_token_id, -100, row) for row in labels]
 
 
-def with_first_token(ids, labels, tokenizer):
-    return ids, [np.concatenate([row[:1], label[1:]]) for row, label in zip(ids, labels, strict=True)]
-
-
 def all_masked(ids, labels, tokenizer):
     return ids, [np.full_like(row, -100) for row in labels]
 
@@ -63,8 +59,8 @@ def with_prompts(ids, labels, tokenizer):
 @pytest.mark.parametrize(
     ("fault", "check"),
     [
-        (shifted, "labels"), (without_terminators, "turn ends"), (with_first_token, "first tokens"),
-        (all_masked, "supervised tokens"), (with_two_bos, "first tokens"), (with_prompts, "prompts"),
+        (shifted, "labels"), (without_terminators, "turn ends"), (all_masked, "supervised tokens"),
+        (with_two_bos, "first tokens"), (with_prompts, "prompts"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip

@@ -103,7 +103,7 @@ def test_a_failure_stops_the_run_and_is_accepted_by_its_name(make, tokenizer):
             for n in range(30)]  # fmt: skip
     tokenizer.eos_token = "<|endoftext|>"  # and turns end with <|im_end|>
     with pytest.raises(ProofError, match=r"turn ends failed: 0\.0% .*allow: \[turn_ends\]"):
-        make(rows=rows, completion_only_loss=None).train()
-    trainer = make(rows=rows, allow=["turn_ends"])
+        make(rows=rows, preflight="full").train()
+    trainer = make(rows=rows, preflight="full", allow=["turn_ends"])
     trainer.train()
     assert {check.verdict for check in trainer.proof.checks if check.name == "turn ends"} == {"warn"}

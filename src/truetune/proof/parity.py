@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from truetune.models.attention import ATTENTION_NAME, set_text_attention, use_varlen_attention
@@ -42,6 +41,8 @@ def check_parity(trainer: Any, documents: Sequence[Document]) -> Check:
         return Check(name, "not run: compute_loss_func makes its own loss", limit, "skip")
     if not documents:
         return Check(name, "not run: the first batch has no supervised text", limit, "skip")
+    if not trainer.unpads:
+        documents = documents[:1]  # which needs no boundaries
     model = trainer.model
     with no_zero_b(model), evaluating(model):
         ours = fused_gradients(trainer, documents)
@@ -239,49 +240,58 @@ def unfused(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
-    """`model` as a function whose floating weights are `dtype`; a layer's are widened while it runs, and again for its
-    backward pass. Gradients arrive at the model's own parameters."""
+    """`model` with floating weights of `dtype`; a layer's are widened while it runs, and again for its backward pass.
+    Gradients arrive at the model's own parameters."""
     layers = decoder_layers(model)
-    inside = {id(tensor) for layer in layers for tensor in [*layer.parameters(), *layer.buffers()]}
-    own = {name: tensor for name, tensor in _floating(model) if id(tensor) not in inside}
+    inside = {id(module) for layer in layers for module in layer.modules()}
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_in_dtype(layer, dtype))
+            stack.enter_context(_runs_in(layer, dtype))
         for module in model.modules():
             if hasattr(module, "compute_dtype"):  # of bitsandbytes: what a 4-bit weight is made into
                 stack.callback(setattr, module, "compute_dtype", module.compute_dtype)
                 module.compute_dtype = dtype  # type: ignore[assignment]
-        yield lambda **inputs: functional_call(
-            model, {name: tensor.to(dtype) for name, tensor in own.items()}, (), inputs
-        )
+        stack.enter_context(_weights_in(dtype, [module for module in model.modules() if id(module) not in inside]))
+        yield model
 
 
 @contextmanager
-def _in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def _runs_in(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     had = vars(layer).get("forward")
+    forward = layer.forward
 
     def run(*args, **kwargs):
-        _restore(layer, had)
-        try:
-            return functional_call(layer, {name: tensor.to(dtype) for name, tensor in _floating(layer)}, args, kwargs)
-        finally:
-            vars(layer)["forward"] = wide
+        with _weights_in(dtype, list(layer.modules())):
+            return forward(*args, **kwargs)
 
-    wide = partial(checkpoint, run, use_reentrant=False)
-    vars(layer)["forward"] = wide
+    vars(layer)["forward"] = partial(checkpoint, run, use_reentrant=False)
     try:
         yield
     finally:
-        _restore(layer, had)
+        if had is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = had
 
 
-def _restore(layer: nn.Module, forward: Any) -> None:
-    if forward is None:
-        vars(layer).pop("forward", None)
-    else:
-        vars(layer)["forward"] = forward
-
-
-def _floating(module: nn.Module) -> list[tuple[str, Tensor]]:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.element_size() > 1]
+@contextmanager
+def _weights_in(dtype: torch.dtype, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Floating parameters and buffers cast inside, shared ones once. (`functional_call` leaves PEFT's token adapters,
+    which hold each other, with what they were lent.)"""
+    slots = [
+        (store, name, tensor)
+        for module in modules
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.element_size() > 1
+    ]
+    wide: dict[int, Tensor] = {}
+    try:
+        for store, name, tensor in slots:
+            if id(tensor) not in wide:
+                wide[id(tensor)] = tensor.to(dtype)
+            store[name] = wide[id(tensor)]  # type: ignore[assignment]
+        yield
+    finally:
+        for store, name, tensor in slots:
+            store[name] = tensor  # type: ignore[assignment]

@@ -87,5 +87,6 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     length = trainer.args.max_length
     return audit(
-        documents, tokenizer, limits, stops=sorted(stops), max_length=length, counts=counts, evaluation=evaluation
-    )
+        documents, tokenizer, limits, stops=sorted(stops), max_length=length, counts=counts, evaluation=evaluation,
+        strict=level == "full",
+    )  # fmt: skip

@@ -61,9 +61,10 @@ class LearningReceipt(TrainerCallback):
             now, gradient = self.trained[name].detach().flatten(), self.trained[name].grad
             moved[name] = now[index] != value
             if now.element_size() == 2 and gradient is not None:
-                touched = _sample(gradient.detach().flatten()) != 0
+                touched, changed = _sample(gradient.detach().flatten()) != 0, _sample(now) != sample
+                moved[name] |= changed.any()
                 self.sampled += int(touched.sum())
-                self.rounded_away += int((touched & (_sample(now) == sample)).sum())
+                self.rounded_away += int((touched & ~changed).sum())
         if moved:
             flags = torch.stack(list(moved.values())).tolist()
             self.moved |= {name for name, flag in zip(moved, flags, strict=True) if flag}
@@ -82,24 +83,36 @@ class LearningReceipt(TrainerCallback):
 
     def checks(self) -> list[Check]:
         checks = [self._trained(), self._frozen()]
-        if self.sampled:
-            share = self.rounded_away / self.sampled
-            high = share > MOST_ROUNDED_AWAY
-            mend = "small updates are lost in bf16: train fp32 weights, or set stochastic_rounding" if high else ""
-            checks.append(
-                Check("rounded away", f"{share:.1%} of sampled updates of half-precision weights",
-                      f"at most {MOST_ROUNDED_AWAY:.0%}", "warn" if high else "pass", mend, details={"share": share})
-            )  # fmt: skip
-        return checks
+        return [*checks, self._rounded_away()] if self.sampled else checks
+
+    def _rounded_away(self) -> Check:
+        """A weight in half precision stays where the update is less than half a place of it: a norm's 1.0 nearly always
+        in bf16."""
+        share = self.rounded_away / self.sampled
+        stuck = sorted((self.had_gradient - self.moved) & self._in_half())
+        high = share > MOST_ROUNDED_AWAY
+        return Check(
+            "rounded away",
+            f"{share:.1%} of sampled updates of half-precision weights; {len(stuck):,} tensors did not move",
+            f"at most {MOST_ROUNDED_AWAY:.0%}",
+            "warn" if high else "pass",
+            mend="small updates are lost in bf16: train fp32 weights, or set stochastic_rounding" if high else "",
+            details={"share": share, "stuck": stuck[:50]},
+        )
+
+    def _in_half(self) -> set[str]:
+        return {name for name, parameter in self.trained.items() if parameter.element_size() == 2}
 
     def _trained(self) -> Check:
         without = [name for name in self.trained if name not in self.had_gradient | self.not_finite]
         if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A
             without = [name for name in without if "lora_A" not in name and "lora_embedding_A" not in name]
+        # Tokens that were added may stand in later rows.
+        without = [name for name in without if "trainable_tokens_delta" not in name]
         bad = {
             "a gradient that is not finite": sorted(self.not_finite),
             "no gradient": without,
-            "a gradient that did not move them": sorted(self.had_gradient - self.moved),
+            "a gradient that did not move them": sorted(self.had_gradient - self.moved - self._in_half()),
         }
         found = "".join(f"; {len(names):,} with {what} ({names[0]}, ...)" for what, names in bad.items() if names)
         return Check(

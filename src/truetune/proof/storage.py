@@ -71,7 +71,8 @@ def check_disk(trainer: Any) -> Check:
 
 def _state(model: Any) -> dict[str, Tensor]:
     if isinstance(model, PeftModel):
-        return get_peft_model_state_dict(model)
+        state = get_peft_model_state_dict(model)
+        return {key: tensor for key, tensor in state.items() if ".base_layer." not in key}
     return model.state_dict()
 
 
