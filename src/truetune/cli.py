@@ -80,6 +80,7 @@ def inspect(
     model: Model = None,
     data: Data = None,
     rows: Annotated[int | None, typer.Option(min=0, help="Rows to show.", show_default="3, with --json all")] = None,
+    batch: Annotated[Path | None, typer.Option(help="Show the batches that a run saved when it stopped.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the data as it will be trained.
@@ -94,6 +95,15 @@ def inspect(
     from truetune.run_model import load_tokenizer
 
     tokenizer, _ = load_tokenizer(recipe)
+    if batch is not None:
+        from truetune.run_data import saved_documents
+
+        for number, document in saved_documents(batch):
+            if as_json:
+                print(json.dumps({"batch": number, **document}))
+            else:
+                Console(highlight=False).print(audit.render_document(tokenizer, document))
+        return
     prepared = prepare_shown(recipe, tokenizer, Console(stderr=True))
     packing = recipe.max_length if recipe.packing else None
     if as_json:

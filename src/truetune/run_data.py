@@ -3,8 +3,9 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from truetune.data.packing import PackSampler
 from truetune.data.prepare import Counts, Prepared, prepare
 from truetune.data.rows import Row, RowSet, Source, read_rows, stream_rows
 from truetune.data.stream import BUFFER, DocumentStream
+from truetune.proof.excerpt import documents_of
+from truetune.proof.watch import load_batches
 from truetune.recipe import Recipe
 from truetune.train.config import SFTConfig
 
@@ -52,6 +55,13 @@ def prepare_shown(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     console.print(f"The first {len(rows.rows):,} rows of a stream:")
     with console.status("Preparing data") as status:
         return _prepared(recipe, tokenizer, rows, status)
+
+
+def saved_documents(path: Path) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    """(number of the micro-batch, document) of the batches that a stopped run saved. Raises `ProofError`."""
+    for number, batch in enumerate(load_batches(path)):
+        for document in documents_of(batch):
+            yield number, document
 
 
 def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: RowSet, status: Status) -> Prepared:

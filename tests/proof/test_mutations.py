@@ -284,5 +284,5 @@ def test_a_gradient_that_is_not_finite(trainer, monkeypatch):
     monkeypatch.setattr(trainer.proving, "preflight", lambda: proving.Proof())
     layer = next(module for module in trainer.model.modules() if isinstance(module, LoraLayer))
     layer.lora_A["default"].weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(ProofError, match="with a gradient that is not finite"):
+    with pytest.raises(ProofError, match="gradient norm of step 1 is not finite"):
         trainer.train()

@@ -31,10 +31,11 @@ class Check:
 
 @dataclass
 class Proof:
-    """All checks of a run, in the order in which they ran."""
+    """All checks of a run, in the order in which they ran. `notes`: what was noticed while it ran."""
 
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failures(self) -> list[Check]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from truetune.proof.preflight import check_level, preflight, stop_on
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.result import Check, Proof, accepted
 from truetune.proof.supervision import Limits
+from truetune.proof.watch import Watch
 from truetune.train.config import own_setting
 from truetune.train.optim import embedding_parameters
 
@@ -29,6 +31,7 @@ class Proving(TrainerCallback):
         check_level(self.level)
         self.limits = Limits.of(own_setting(trainer.args, "preflight_limits"))
         self.proof = Proof()
+        self.watch = Watch()
 
     def preflight(self) -> Proof:
         """The checks before a training. Nothing that it depends on changes, and a failure raises nothing here."""
@@ -41,9 +44,11 @@ class Proving(TrainerCallback):
         if self.level == "off":
             return
         stop_on(self.preflight().failures)
-        for callback in (Proving, LearningReceipt):
+        for callback in (Proving, LearningReceipt, Watch):
             self.trainer.remove_callback(callback)  # an earlier training's
+        self.watch = Watch()
         self.trainer.add_callback(self)
+        self.trainer.add_callback(self.watch)
         self.trainer.add_callback(LearningReceipt(self.trainer.model, self._on_receipt))
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -51,6 +56,15 @@ class Proving(TrainerCallback):
         if rate is not None and optimizer is not None and not self.trainer.report.stock:
             self._add([check_embedding_rate(self.trainer.model, optimizer, rate)])
         self.save()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.proof.notes = self.watch.notes
+        self.save()
+
+    def see(self, inputs: Mapping[str, Any]) -> None:
+        """A micro-batch of the training."""
+        if self.level != "off":
+            self.watch.see(inputs)
 
     def save(self) -> None:
         args = self.trainer.args

@@ -310,6 +310,8 @@ class SFTTrainer(trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
         self._count_batch(inputs)
+        if mode == "train":
+            self.proving.see(inputs)
         attention_before = attention_calls.copy()
         outputs = self.fused_outputs(model, inputs, num_items_in_batch)
         loss = outputs.loss

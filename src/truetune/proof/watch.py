@@ -1,0 +1,108 @@
+"""While it runs: what is not finite stops it, with the step's batches saved; spikes and a dead rate are named.
+
+Everything is read where the trainer logs, so that no step waits for the device.
+"""
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from truetune.proof.errors import ProofError
+
+logger = logging.getLogger(__name__)
+BATCH_FILE = "stopped_batch_{step}_{rank}.safetensors"
+KEPT_BATCHES = 256  # micro-batches since the last log
+HISTORY, ENOUGH = 64, 16  # logged losses that a spike is judged by
+SPIKE = 8.0  # times the usual deviation, and at least
+SPIKE_SHARE = 0.2  # of the usual loss
+DEAD_LOGS = 5
+
+
+class Watch(TrainerCallback):
+    """Raises `ProofError` where a logged loss or gradient norm is not finite; warns of spikes and of a rate of zero."""
+
+    def __init__(self) -> None:
+        self.batches: deque[dict[str, Tensor]] = deque(maxlen=KEPT_BATCHES)
+        self.losses: deque[float] = deque(maxlen=HISTORY)
+        self.still = 0
+        self.notes: list[dict[str, Any]] = []
+
+    def see(self, inputs: Mapping[str, Any]) -> None:
+        """A micro-batch on its way into the model; it is referred to, and not copied."""
+        self.batches.append({name: value for name, value in inputs.items() if torch.is_tensor(value)})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        # fp16's scaler tries scales that overflow, and skips those steps.
+        loss, norm = logs["loss"], 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
+        broken = [name for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)]
+        if broken:
+            raise ProofError(self._stopped(args, state, " and ".join(broken)))
+        self.batches.clear()
+        self._spike(state, float(loss))
+        self._dead_rate(state, logs.get("learning_rate", 1.0))
+
+    def _stopped(self, args, state, what: str) -> str:
+        path = Path(args.output_dir) / BATCH_FILE.format(step=state.global_step, rank=args.process_index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_batches(path, list(self.batches))
+        return (
+            f"the {what} of step {state.global_step} is not finite: lower the learning rate or mend the data; its "
+            f"batches are in {path} (truetune inspect --batch shows them)."
+        )
+
+    def _spike(self, state, loss: float) -> None:
+        if len(self.losses) >= ENOUGH:
+            usual = statistics.median(self.losses)
+            deviation = statistics.median(abs(value - usual) for value in self.losses)
+            if loss - usual > max(SPIKE * deviation, SPIKE_SHARE * usual):
+                self._note(state, "loss spike", f"{loss:.4g}, where {usual:.4g} was usual")
+        self.losses.append(loss)
+
+    def _dead_rate(self, state, rate: float) -> None:
+        last = state.max_steps > 0 and state.global_step >= 0.95 * state.max_steps
+        self.still = self.still + 1 if rate == 0 and not last else 0
+        if self.still == DEAD_LOGS:
+            self._note(state, "dead learning rate", f"0 in {DEAD_LOGS} logs, {state.max_steps} steps are planned")
+
+    def _note(self, state, kind: str, what: str) -> None:
+        self.notes.append({"step": state.global_step, "kind": kind, "seen": what})
+        if state.is_world_process_zero:
+            logger.warning("step %s: %s: %s", state.global_step, kind, what)
+
+
+def save_batches(path: Path, batches: list[dict[str, Tensor]]) -> None:
+    tensors = {
+        f"{number}.{name}": tensor.detach().cpu().contiguous().clone()
+        for number, batch in enumerate(batches)
+        for name, tensor in batch.items()
+    }
+    save_file(tensors, path)
+
+
+def load_batches(path: str | Path) -> list[dict[str, Tensor]]:
+    """What `save_batches` wrote. Raises `ProofError` for any other file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        batches: list[dict[str, Tensor]] = [{} for _ in {key.partition(".")[0] for key in tensors}]
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            batches[int(number)][name] = tensor
+        if not all({"input_ids", "labels"} <= batch.keys() for batch in batches):
+            raise KeyError
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise ProofError(f"{path} holds no saved batches: name a stopped_batch file of a run.") from error
+    return batches
