@@ -14,8 +14,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Random states, gradients, buffers and training modes are afterwards what they were before."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [
-        # FP8 weights are buffers, as large as the model and written by nobody.
-        (module, name, buffer, None if buffer is None or buffer.element_size() == 1 else buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
