@@ -39,7 +39,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_batches(make, tmp_path):
 def logged(watch, losses, rate=1e-4):
     for step, loss in enumerate(losses, 1):
         state = types.SimpleNamespace(global_step=step, max_steps=1000, is_world_process_zero=True)
-        watch.on_log(types.SimpleNamespace(fp16=False), state, None, {"loss": loss, "grad_norm": 1.0, "learning_rate": rate})
+        watch.on_log(
+            types.SimpleNamespace(fp16=False), state, None, {"loss": loss, "grad_norm": 1.0, "learning_rate": rate}
+        )
 
 
 def test_a_spike_is_named_and_noise_is_not():

@@ -25,11 +25,13 @@ class FusedLossOutput(ModelOutput):
     `loss`: fp32 scalar with gradients, summed over the supervised tokens and divided by `num_items`.
     `stats`: fp32 [4], detached: the number of supervised tokens, and the sums over them of the negative log-likelihood,
     of the entropy and of top-1 hits.
+    `nll_K`: fp32 [K], detached: the negative log-likelihood of each supervised token, in the order of the rows.
     `aux_loss`: a mixture of experts' load-balancing loss, unweighted.
     """
 
     loss: torch.Tensor | None = None
     stats: torch.Tensor | None = None
+    nll_K: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -108,6 +110,7 @@ def bind_fused_loss(model: Any) -> None:
         return FusedLossOutput(
             loss=loss,
             stats=torch.stack([loss.new_full((), stats.nll_K.numel(), dtype=torch.float32), *sums]),
+            nll_K=stats.nll_K.detach(),
             aux_loss=_load_balancing_loss(self, outputs, kwargs),
         )
 

@@ -1,6 +1,10 @@
 """TRL's training metrics, kept on the device and read once a log."""
 
 import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+TOKEN_KINDS = ("first_token", "terminator", "rest")
 
 
 class DeviceMetrics:
@@ -35,3 +39,12 @@ class DeviceMetrics:
         if aux_loss:
             values["aux_loss"] = aux_loss[0]
         return {name: value.tolist() for name, value in values.items()}
+
+
+def nll_by_kind(nll_K: torch.Tensor, labels_T: torch.Tensor, rows_K: torch.Tensor) -> torch.Tensor:
+    """fp32 [2, 3]: sums of the negative log-likelihood, and counts, by `TOKEN_KINDS`: the first token of each supervised
+    turn (also where it is the only one), its last, all others. `rows_K`: positions whose next token is supervised."""
+    first_K = labels_T[rows_K] == IGNORE_INDEX
+    last_K = F.pad(labels_T, (0, 2), value=IGNORE_INDEX)[rows_K + 2] == IGNORE_INDEX
+    kinds_3K = torch.stack([first_K, ~first_K & last_K, ~first_K & ~last_K]).float()
+    return torch.stack([kinds_3K @ nll_K.float(), kinds_3K.sum(1)])

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from truetune.data.collate import collate_documents
@@ -13,6 +14,7 @@ from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.proof.supervision import Documents
 from truetune.train.batches import document_lengths, longest
+from truetune.train.metrics import TOKEN_KINDS, nll_by_kind
 from truetune.train.trainer import SFTTrainer
 
 
@@ -30,6 +32,7 @@ class RecipeTrainer(SFTTrainer):
         self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, counts=None, **keywords
     ) -> None:
         self._pack = pack
+        self._by_kind: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self.counts = counts
         args.packing = args.padding_free = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -125,6 +128,19 @@ class RecipeTrainer(SFTTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def _keep_metrics(self, mode, inputs, outputs) -> None:
+        super()._keep_metrics(mode, inputs, outputs)
+        self._by_kind[mode].append(nll_by_kind(outputs.nll_K, inputs["labels"][0], inputs["loss_rows"]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode, prefix = ("train", "loss") if "loss" in logs else ("eval", "eval_loss")
+        if self._by_kind[mode] and prefix in logs:
+            sums = self.accelerator.reduce(torch.stack(self._by_kind[mode]).sum(0), "sum").tolist()
+            self._by_kind[mode].clear()
+            named = zip(TOKEN_KINDS, *sums, strict=True)
+            logs |= {f"{prefix}_{kind}": total / count for kind, total, count in named if count}
+        super().log(logs, start_time)
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
