@@ -42,7 +42,7 @@ class DeviceMetrics:
 
 
 def nll_by_kind(nll_K: torch.Tensor, labels_T: torch.Tensor, rows_K: torch.Tensor) -> torch.Tensor:
-    """fp32 [2, 3]: sums of the negative log-likelihood, and counts, by `TOKEN_KINDS`: the first token of each supervised
+    """fp32 [2, 3]: sums of the negative log-likelihood, and counts, by `TOKEN_KINDS`: the first token of a supervised
     turn (also where it is the only one), its last, all others. `rows_K`: positions whose next token is supervised."""
     first_K = labels_T[rows_K] == IGNORE_INDEX
     last_K = F.pad(labels_T, (0, 2), value=IGNORE_INDEX)[rows_K + 2] == IGNORE_INDEX
