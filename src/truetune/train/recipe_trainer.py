@@ -1,6 +1,7 @@
 """The trainer behind the command line: whole documents in, packs of our own making."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -12,6 +13,7 @@ from truetune.data.collate import collate_documents
 from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.train.batches import document_lengths, longest
+from truetune.train.errors import TrainError
 from truetune.train.trainer import SFTTrainer
 
 
@@ -106,6 +108,14 @@ class RecipeTrainer(SFTTrainer):
         )
         return self.accelerator.prepare(loader)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
         sums = self._device_metrics["eval"].peek()
@@ -113,6 +123,19 @@ class RecipeTrainer(SFTTrainer):
         if sums.get("supervised") and output.metrics is not None:
             output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["supervised"]
         return output
+
+
+@contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    """Where a changed run is allowed to go on, its checkpoint may fit no more."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise TrainError(
+            f"{checkpoint} does not fit what is trained now ({why}): take back what changed, or start anew with "
+            "--overwrite."
+        ) from error
 
 
 class PackedDocuments(Dataset):

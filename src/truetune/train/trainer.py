@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
 from truetune.train.activations import Activations, check_policy
 from truetune.train.batches import batch_of_longest_rows, row_lengths
+from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, refuse_cut_short
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -221,11 +223,27 @@ class SFTTrainer(trl.SFTTrainer):
         asked = "packing" if args.packing else "padding_free" if args.padding_free else "padded"
         self.report.add("batches", asked, in_effect, why)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True and self.args.output_dir is not None:
+            last = last_checkpoint(Path(self.args.output_dir))  # Transformers takes the last one, whole or not
+            resume_from_checkpoint = True if last is None else str(last)
+        elif isinstance(resume_from_checkpoint, str | Path):
+            refuse_cut_short(Path(resume_from_checkpoint))
         if own_setting(self.args, "rehearse") and self.args.device.type == "cuda":
             self.rehearse()
         self._print(self.report.parts_table())
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:  # the list of an earlier run's checkpoint would vouch for a part of this one
+            forget_files(Path(self._get_output_dir(trial=trial)), self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each rank has written its own
+        if self.args.should_save:
+            list_files(Path(output_dir))
 
     def _print(self, table) -> None:
         if self.is_world_process_zero():
