@@ -36,7 +36,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak -n 2 --dist loadscope -rP tests/soak
+	$(BIN)/python -m pytest -m soak -n 2 -rP tests/soak
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ from truetune.models.errors import ModelError
 from truetune.recipe import load_recipe
 from truetune.run import train
 from truetune.run_data import split_rows
-from truetune.train.checkpoints import last_checkpoint
 from truetune.run_record import MetricsFile, weights_hash, write_json
+from truetune.train.checkpoints import last_checkpoint
 from truetune.train.errors import TrainError
 
 ROWS = 28

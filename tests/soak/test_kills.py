@@ -60,7 +60,6 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    print(f"\nSOAK_SEED={SEED} SOAK_KILLS={KILLS}")
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
@@ -68,6 +67,7 @@ def data(tmp_path_factory):
 def whole(request, tmp_path_factory, data) -> tuple[Run, float]:
     """A run that is not killed, and its seconds."""
     run = Run(tmp_path_factory.mktemp("runs") / "whole", data, KINDS[request.param])
+    run.finish("--dry-run")  # the first process waits for the server's imports
     started = time.monotonic()
     run.finish()
     return run, time.monotonic() - started
@@ -86,13 +86,15 @@ def test_killed_at_every_phase(whole, tmp_path):
             continue
         shutil.rmtree(run.output, ignore_errors=True)
         run.killed(phase, 4)
-        run.killed("optimizer step", 8, *run.how_to_go_on()) if phase != "putting the result in place" else None
+        if phase != "putting the result in place":
+            run.killed("optimizer step", 8, *run.how_to_go_on())
         run.finish(*run.how_to_go_on())
         assert_same_to_the_bit(run, whole[0])
 
 
 def test_killed_at_random_moments(whole, tmp_path):
     """Killed from outside, up to five times before it is let finish, until there were enough kills."""
+    print(f"SOAK_SEED={SEED} SOAK_KILLS={KILLS}")
     expected, seconds = whole
     moments = random.Random(f"{SEED}/{sorted(expected.settings.items())}")
     run = Run(tmp_path / "run", expected.data, expected.settings)
@@ -100,15 +102,14 @@ def test_killed_at_random_moments(whole, tmp_path):
     while kills < KILLS:
         shutil.rmtree(run.output, ignore_errors=True)
         options: list[str] = []
-        history = []
         for _ in range(moments.randint(1, 5)):
             moment = moments.uniform(0, seconds)
+            print(f"killed after {moment:.3f} s of {' '.join(options) or 'a new run'}")
             if not run.killed_after(moment, *options):
+                print("which had ended before")
                 break
             kills += 1
             options = run.how_to_go_on()
-            history.append((round(moment, 3), options))
         else:
             run.finish(*options)
-        print(f"killed after seconds, gone on with: {history}")
         assert_same_to_the_bit(run, expected)
