@@ -21,8 +21,8 @@ from truetune.models.errors import ModelError
 from truetune.recipe import load_recipe
 from truetune.run import train
 from truetune.run_data import split_rows
-from truetune.run_output import last_checkpoint
 from truetune.run_record import MetricsFile, weights_hash, write_json
+from truetune.train.checkpoints import last_checkpoint
 from truetune.train.errors import TrainError
 
 ROWS = 28
@@ -352,7 +352,7 @@ def test_resume_goes_on_only_with_the_run_that_was_begun(tmp_path, settings):
     with pytest.raises(TrainError, match="no complete checkpoint"):
         run(output, options, resume=True)
     run(output, options)
-    with pytest.raises(TrainError, match=r"recipe\.training\.learning_rate was 0\.005 and is 0\.001.*changed_run"):
+    with pytest.raises(TrainError, match=r"training\.learning_rate was 0\.005 and is 0\.001.*changed_recipe"):
         run(output, options | {"training.learning_rate": "1e-3"}, resume=True)
     with pytest.raises(TrainError, match="one of them"):
         run(output, options, resume=True, overwrite=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_run import arguments, command, logged, run, save_llama
 from truetune.cli import main
 from truetune.data.errors import DataError
-from truetune.run_output import last_checkpoint
+from truetune.train.checkpoints import last_checkpoint
 
 ROWS = 28
 STEPS = 9  # of 4 packs; a pass over the rows has fewer packs than that

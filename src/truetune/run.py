@@ -21,7 +21,7 @@ from truetune.launch import INTERRUPTED, launch, processes_to_start
 from truetune.models.load import check_model, load_model
 from truetune.proof.result import Proof
 from truetune.recipe import Recipe, with_batch_split
-from truetune.run_callbacks import ShowProgress, StopOnInterrupt, WriteMetrics
+from truetune.run_callbacks import SaveWhatIsLogged, ShowProgress, StopOnInterrupt, WriteMetrics
 from truetune.run_data import Plan, make_plan, prepare_data, print_counts, print_plan
 from truetune.run_model import (
     add_lora,
@@ -36,7 +36,9 @@ from truetune.run_model import (
 )
 from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
 from truetune.run_plan import print_whether_it_fits
-from truetune.run_record import MetricsFile, continued, finished, new_record, write_json
+from truetune.run_record import MetricsFile, as_written, finished, new_record, read_record, with_model, write_json
+from truetune.run_resume import check_same_run
+from truetune.train.checkpoints import checkpoint_step
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 from truetune.train.recipe_trainer import RecipeTrainer
@@ -68,7 +70,7 @@ def train(
     """Trains what `recipe` says and leaves it in `recipe.output_dir`.
 
     dry_run: check and count all that needs no weights, and stop
-    resume: go on from the last checkpoint in the output directory
+    resume: go on from the last checkpoint in the output directory, or from the start where none was reached
     overwrite: a run that lies in the output directory may be replaced
     num_processes: by default one a GPU; to start them, this program is run again once for each
 
@@ -101,11 +103,17 @@ def train(
     if dry_run:
         return RunResult(output, plan)
 
+    record = new_record(recipe, args, tokenizer, plan.to_dict(), data, eval_data)
+    before = read_record(output) if resume else None
+    if before is not None:
+        check_same_run(output, before, as_written(record), recipe.allow)
     with no_empty_directory(output):
         trainer = make_trainer(recipe, args, tokenizer, new_ids, data, eval_data)
-        record = new_record(recipe, trainer, plan.to_dict(), data, eval_data)
-        if checkpoint is not None:
-            record = continued(record, output, checkpoint, recipe.allow)
+        record = with_model(record, recipe, trainer)
+        if before is not None:
+            check_same_run(output, before, as_written(record), recipe.allow)
+            resumed_from = [*before["resumed_from"], 0 if checkpoint is None else checkpoint_step(checkpoint)]
+            record |= {"started": before["started"], "resumed_from": resumed_from}
         interrupted = _fit(trainer, recipe, record, data, checkpoint, console)
     if isinstance(data, DocumentStream):
         console.print("Read from the stream, what is trained and what still lay in the buffer:")
@@ -224,26 +232,33 @@ def _fit(
     """From the first step to the saved result, or to a checkpoint where interrupted, which it returns."""
     output = Path(recipe.output_dir)
     file = MetricsFile(output / "metrics.jsonl")
+    step = 0 if checkpoint is None else record["resumed_from"][-1]
+    lines = file.lines_up_to(step)
 
-    def begin() -> dict[str, Any]:  # called when nothing can be refused any more
+    def begin() -> None:  # called when nothing can be refused any more
         begin_output(output, recipe, resume=checkpoint is not None)
         write_json(output / "run.json", {**record, "report": trainer.report.to_dict()})
-        return file.begin(after_step=record["resumed_from"][-1] if checkpoint is not None else 0)
+        file.begin(lines)
 
-    metrics = WriteMetrics(file, begin)
+    metrics = WriteMetrics(file, begin, lines)
     progress = ShowProgress(console, metrics)
     stop = StopOnInterrupt(console)
     trainer.remove_callback(PrinterCallback)
-    for callback in (metrics, progress, stop):
+    for callback in (metrics, progress, stop, SaveWhatIsLogged()):
         trainer.add_callback(callback)
 
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}")
+        trainer.args.eval_on_start = False  # it was done
+    elif record["resumed_from"]:
+        console.print("Going on from the start: no checkpoint had been reached")
     train_metrics: dict[str, float] = {}
-    if checkpoint is not None and record["resumed_from"][-1] >= record["plan"]["steps"]:
+    if checkpoint is not None and step >= record["plan"]["steps"]:
         # It was stopped between its last step and its end; the trainer would take a step more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
         if trainer.args.should_save:
             begin()
     else:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,20 +17,20 @@ from truetune.run_record import MetricsFile
 class WriteMetrics(TrainerCallback):
     """One line of metrics.jsonl a log: TRL's names, and which kind of log, which step, seconds and tokens/s."""
 
-    def __init__(self, file: MetricsFile, begin: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, file: MetricsFile, begin: Callable[[], None], before: Sequence[dict[str, Any]] = ()) -> None:
         self.file = file
-        self.begin = begin  # called once, by the process that writes; answers the line that a resumed run goes on from
-        self.last: dict[str, dict[str, Any]] = {}  # the last line of each kind
+        self.begin = begin  # called once, by the process that writes
+        self.last = {line["kind"]: line for line in before}  # of each kind; `before`: what a resumed run goes on from
         self._begun = self._logged_at = time.monotonic()
         self._num_tokens = 0.0
-        self._before: Mapping[str, float] = {}
+        self._before: Mapping[str, Any] = self.last.get("train", {})
 
     def last_step(self, kind: str) -> int | None:
         return self.last.get(kind, {}).get("step")
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._before = self.begin()
+            self.begin()
         self._begun = self._logged_at = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
@@ -54,6 +54,31 @@ class WriteMetrics(TrainerCallback):
         self.last[kind] = line
         if state.is_world_process_zero:
             self.file.append(line)
+
+
+class SaveWhatIsLogged(TrainerCallback):
+    """A checkpoint comes after the log and the evaluations of its step; called after all that may ask for one.
+
+    Sums since the last log are in no checkpoint: a resumed run would log other losses than the run that was not killed.
+    And an evaluation at the end of an epoch, after the checkpoint of its last step, would never be made up for.
+    """
+
+    def __init__(self) -> None:
+        self._at_epoch_end = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._at_epoch_end = control.should_save and float(state.epoch).is_integer()
+        if self._at_epoch_end:
+            control.should_save = False
+        elif control.should_save or (args.save_strategy == "best" and control.should_evaluate):
+            control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._at_epoch_end:
+            control.should_save = True
+        if control.should_save or (args.save_strategy == "best" and control.should_evaluate):
+            control.should_log = True
+        self._at_epoch_end = False
 
 
 class ShowProgress(TrainerCallback):

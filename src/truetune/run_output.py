@@ -3,7 +3,6 @@
 Every file is written beside its place and renamed into it.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -14,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from truetune.recipe import Recipe
+from truetune.run_record import read_record
+from truetune.train.checkpoints import checkpoint_step, checkpoints, last_checkpoint
 from truetune.train.errors import TrainError
 from truetune.train.recipe_trainer import RecipeTrainer
 
@@ -45,38 +45,25 @@ _NOT_KEPT = ("README.md", "training_args.bin")  # an empty model card, and a pic
 
 
 def check_output(path: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, where asked for. Raises `TrainError` where the directory cannot be had so."""
+    """The checkpoint to go on from, where asked for; None: from the start.
+
+    A run that was killed before its first checkpoint goes on from the start. Raises `TrainError` where the directory
+    cannot be had so.
+    """
     if resume and overwrite:
         raise TrainError("--resume keeps what --overwrite replaces: give one of them.")
+    holds_files = path.is_dir() and any(path.iterdir())
     if resume:
         checkpoint = last_checkpoint(path)
-        if checkpoint is None:
-            again = "start anew with --overwrite" if path.exists() else "start without --resume"
+        if checkpoint is None and (read_record(path) or {}).get("status") not in ("running", "interrupted"):
+            again = "start anew with --overwrite" if holds_files else "start without --resume"
             raise TrainError(f"{path} has no complete checkpoint to go on from: {again}.")
         return checkpoint
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if holds_files and not overwrite:
         raise TrainError(
             f"{path} is not empty: go on there with --resume, replace it with --overwrite, or choose another output."
         )
     return None
-
-
-def last_checkpoint(path: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    complete = {step: place for place in _checkpoints(path) if (step := checkpoint_step(place))}
-    return complete[max(complete)] if complete else None
-
-
-def checkpoint_step(checkpoint: Path) -> int | None:
-    """The step after which a checkpoint was taken, or None: it is not complete. Its state is what is written last."""
-    try:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    return [place for place in path.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if place.is_dir()]
 
 
 @contextmanager
@@ -95,7 +82,7 @@ def begin_output(path: Path, recipe: Recipe, *, resume: bool) -> None:
     """Makes the directory ready: without `resume` an earlier run's files go, with it only checkpoints cut short."""
     path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path / SAVING, ignore_errors=True)
-    for checkpoint in _checkpoints(path):
+    for checkpoint in checkpoints(path):
         if not resume or checkpoint_step(checkpoint) is None:
             shutil.rmtree(checkpoint)
     if not resume:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,14 +17,14 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerBase
 
 from truetune.data.packing import PackSampler
 from truetune.data.prepare import Counts, Prepared
 from truetune.data.stream import DocumentStream
 from truetune.recipe import Recipe
 from truetune.run_model import model_path
-from truetune.run_output import checkpoint_step
-from truetune.train.errors import TrainError
+from truetune.train.config import SFTConfig
 from truetune.train.recipe_trainer import RecipeTrainer
 
 _VERSIONS = ("truetune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "triton")
@@ -38,19 +39,19 @@ WEIGHTS_HASH_METHOD = (
 
 def new_record(
     recipe: Recipe,
-    trainer: RecipeTrainer,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
     plan: Mapping[str, Any],
     data: Prepared | DocumentStream,
     eval_data: Prepared | None,
 ) -> dict[str, Any]:
-    """run.json as far as it is known before the first step."""
-    args = trainer.args
+    """run.json as far as it is known before the weights are loaded."""
     data_hash = packs = None
     if isinstance(data, Prepared):
         data_hash = documents_hash(data.documents)
         seed = args.seed if args.data_seed is None else args.data_seed
         packs = PackSampler(data.lengths, recipe.max_length, seed) if recipe.packing else None
-    adapter = recipe.adapter if recipe.adapter is not None and os.path.isdir(recipe.adapter) else None
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return {
         "status": "running",
         "command": sys.orig_argv,
@@ -65,43 +66,54 @@ def new_record(
         "data": data.counts.to_dict(),
         "eval_data": eval_data and eval_data.counts.to_dict(),
         "hashes": {
-            "weights": weights_hash(_checkpoint_directory(recipe)),
-            "weights_method": WEIGHTS_HASH_METHOD,
-            "adapter": adapter and weights_hash(Path(adapter)),
             "data": data_hash,
             "eval_data": eval_data and documents_hash(eval_data.documents),
             "pack_order": packs and packs_hash(packs),
+            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
         },
-        "attention_backend": next((line.in_effect for line in trainer.report.lines if line.part == "attention"), None),
-        "report": None,
         "environment": environment(),
         "result": None,
     }
 
 
-def continued(record: dict[str, Any], output: Path, checkpoint: Path, allow: Sequence[str]) -> dict[str, Any]:
-    """The record of a run that goes on from `checkpoint`, if it is the run that made it.
+def with_model(record: Mapping[str, Any], recipe: Recipe, trainer: RecipeTrainer) -> dict[str, Any]:
+    """`record` and what is known once the weights are loaded: what they are, and what of them is trained."""
+    adapter = recipe.adapter if recipe.adapter is not None and os.path.isdir(recipe.adapter) else None
+    hashes = {
+        "weights": weights_hash(_checkpoint_directory(recipe)),
+        "weights_method": WEIGHTS_HASH_METHOD,
+        "adapter": adapter and weights_hash(Path(adapter)),
+    }
+    attention = next((line.in_effect for line in trainer.report.lines if line.part == "attention"), None)
+    return {
+        **record,
+        "hashes": {**hashes, **record["hashes"]},
+        "trainable": trainable_tensors(trainer.model),
+        "attention_backend": attention,
+        "report": None,
+    }
 
-    Raises `TrainError` where recipe, data or weights have changed since, which the optimizer's state would not follow.
-    """
+
+def trainable_tensors(model: torch.nn.Module) -> dict[str, str]:
+    """What is trained, the layers' numbers left out: {"layers.*.mlp.up_proj.weight": "28 of float32 [3072, 1024]"}."""
+    found: dict[str, Counter[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+            found.setdefault(pattern, Counter())[f"{dtype} {list(parameter.shape)}"] += 1
+    return {
+        pattern: ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
+        for pattern, kinds in found.items()
+    }
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    """An earlier run's run.json; None where there is none that can be read."""
     try:
-        before = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainError(f"{output} has no run.json that can be read: start anew with --overwrite.") from error
-    for part in ("recipe", "plan", "hashes"):
-        was, now = (json.loads(json.dumps(_same_part(value.get(part) or {}))) for value in (before, record))
-        changed = difference(was, now, part)
-        if changed and "changed_run" not in allow:
-            raise TrainError(
-                f"{output} holds another run ({changed}): take back the change, start anew with --overwrite, or "
-                "accept it with allow: [changed_run]."
-            )
-    step = checkpoint_step(checkpoint)
-    return {**record, "started": before["started"], "resumed_from": [*before["resumed_from"], step]}
-
-
-def _same_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key not in ("output_dir", "allow")}
+        return json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def finished(
@@ -132,23 +144,27 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(beside, path)
 
 
+def as_written(value: Any) -> Any:
+    """`value` as `write_json` and a reader make it."""
+    return json.loads(json.dumps(_finite(value), default=str))
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, written out as soon as it is known."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, after_step: int = 0) -> dict[str, Any]:
-        """Starts the file, or on resume drops what came after the checkpoint, so that each step stands there once.
+    def lines_up_to(self, step: int) -> list[dict[str, Any]]:
+        """The lines of a run up to the checkpoint that it goes on from."""
+        text = self.path.read_text(encoding="utf-8") if step and self.path.is_file() else ""
+        return [line for line in map(_parsed, text.splitlines()) if 0 <= line.get("step", -1) <= step]
 
-        Returns the last training line that it keeps.
-        """
-        text = self.path.read_text(encoding="utf-8") if after_step and self.path.is_file() else ""
-        lines = [line for line in map(_parsed, text.splitlines()) if 0 < line.get("step", 0) <= after_step]
+    def begin(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Starts the file with `lines` alone, so that each step stands there once."""
         beside = self.path.with_name(f".{self.path.name}.new")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
         os.replace(beside, self.path)
-        return next((line for line in reversed(lines) if line["kind"] == "train"), {})
 
     def append(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -229,16 +245,6 @@ def packs_hash(packs: Iterable[Sequence[int]]) -> str:
     for pack in packs:
         digest.update(",".join(map(str, pack)).encode() + b"\n")
     return digest.hexdigest()
-
-
-def difference(before: Any, now: Any, name: str = "") -> str | None:
-    """The first value that two records do not share, in words: "training.seed was 42 and is 43"."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys([*before, *now]):
-            if found := difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
-                return found
-        return None
-    return None if before == now else f"{name} was {before} and is {now}"
 
 
 def _checkpoint_directory(recipe: Recipe) -> Path:

@@ -1,6 +1,7 @@
 """The trainer behind the command line: whole documents in, packs of our own making."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.proof.supervision import Documents
 from truetune.train.batches import document_lengths, longest
+from truetune.train.errors import TrainError
 from truetune.train.metrics import TOKEN_KINDS, nll_by_kind
 from truetune.train.trainer import SFTTrainer
 
@@ -142,6 +144,14 @@ class RecipeTrainer(SFTTrainer):
             logs |= {f"{prefix}_{kind}": total / count for kind, total, count in named if count}
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
         sums = self._device_metrics["eval"].peek()
@@ -149,6 +159,19 @@ class RecipeTrainer(SFTTrainer):
         if sums.get("supervised") and output.metrics is not None:
             output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["supervised"]
         return output
+
+
+@contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    """Where a changed run is allowed to go on, its checkpoint may fit no more."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise TrainError(
+            f"{checkpoint} does not fit what is trained now ({why}): take back what changed, or start anew with "
+            "--overwrite."
+        ) from error
 
 
 class PackedDocuments(Dataset):

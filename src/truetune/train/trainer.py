@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -34,6 +35,7 @@ from truetune.train.batches import (
     has_trl_collator,
     row_lengths,
 )
+from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, refuse_cut_short
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -236,12 +238,28 @@ class SFTTrainer(trl.SFTTrainer):
         asked = "packing" if args.packing else "padding_free" if args.padding_free else "padded"
         self.report.add("batches", asked, in_effect, why)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True and self.args.output_dir is not None:
+            last = last_checkpoint(Path(self.args.output_dir))  # Transformers takes the last one, whole or not
+            resume_from_checkpoint = True if last is None else str(last)
+        elif isinstance(resume_from_checkpoint, str | Path):
+            refuse_cut_short(Path(resume_from_checkpoint))
         if own_setting(self.args, "rehearse") and self.args.device.type == "cuda":
             self.rehearse()
         self._print(self.report.parts_table())
         self.proving.begin()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:  # the list of an earlier run's checkpoint would vouch for a part of this one
+            forget_files(Path(self._get_output_dir(trial=trial)), self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each rank has written its own
+        if self.args.should_save:
+            list_files(Path(output_dir))
 
     # -- proof
 
