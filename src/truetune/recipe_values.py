@@ -92,7 +92,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         problem = getattr(error, "problem", None) or "unreadable character"
     except RecursionError:
         line, problem = "", "nested too deeply"
-    except ValueError:  # PyYAML lets chr() complain of "\UFFFFFFFF"
+    except (ValueError, OverflowError):  # PyYAML lets chr() complain of "\UFFFFFFFF"
         line, problem = "", "an escape that is no character"
     raise RecipeError(f"{where}{line} is not YAML ({problem}): mend this line.")
 

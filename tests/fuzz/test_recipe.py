@@ -142,7 +142,8 @@ def _by_hand(tree, indent: str = "") -> str:
         if isinstance(value, dict) and value:
             lines += f"{indent}{name}:\n{_by_hand(value, indent + '  ')}"
         else:
-            lines += f"{indent}{name}: {value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}\n"
+            as_it_is = isinstance(value, str) and value.isprintable()
+            lines += f"{indent}{name}: {value if as_it_is else _flow(value)}\n"
     return lines
 
 
@@ -159,7 +160,7 @@ overrides = st.lists(
         texts,
     ),
     max_size=2,
-)
+).filter(lambda some: len(some) != 1 or "=" in some[0])
 
 
 def _flow(value) -> str:
@@ -184,7 +185,7 @@ def _comparable(recipe: Recipe):
 
 
 @fuzzed
-@given(content=recipes(), overrides=overrides)
+@given(content=recipes(), overrides=st.just([]) | overrides)
 def test_a_recipe_is_read_and_reads_back_or_is_refused_in_one_sentence(directory, content, overrides):
     path = directory / "recipe.yaml"
     path.write_bytes(content)
