@@ -85,6 +85,19 @@ prompts = st.sampled_from(
     + ["{{ messages[-1].content }}", "<|im_start|>", "x", "ASSISTANT\n", "<|im_start|>model\n"]
 )
 
+_HEADS_AND_PROMPTS = [
+    ("<|im_start|>{{ m.role }}\n", "<|im_start|>assistant\n"),
+    ("{{ m['role'] }}: ", "assistant: "),
+    ("{{ m.role }}:", "assistant:"),
+    ("{{ m.role|upper }}\n", "ASSISTANT\n"),
+    ("<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n", "<|im_start|>model\n"),
+    ("<|im_start|>{{ m.role }}\n", "<|im_start|>assistant\n<think>\n"),
+    ("<|im_start|>{{ m.role }}\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    ("", ""),
+    ("\n", "\n"),
+]
+_USUAL = [(orders, "messages"), (bodies, "{{ m.content }}"), (ends, "<|im_end|>\n"), (tails, "")]
+
 # -- templates that mean harm, or nothing ------------------------------------------------------------------------------
 
 harm = st.sampled_from(
@@ -156,8 +169,10 @@ nonsense = st.lists(grammar, min_size=2, max_size=14).map(" ".join)
 @st.composite
 def templates(draw) -> str:
     """The frame of a chat template, its parts drawn one by one; in some, something that does not belong there."""
-    order, head, body, end = draw(orders), draw(heads), draw(bodies), draw(ends)
-    tail, prompt = draw(tails), draw(prompts)
+    if draw(st.integers(0, 19)) == 0:
+        return "{{ '' }}" + draw(nonsense | texts)
+    head, prompt = draw(st.sampled_from(_HEADS_AND_PROMPTS) if draw(st.integers(0, 5)) else st.tuples(heads, prompts))
+    order, body, end, tail = (draw(part) if draw(st.integers(0, 2)) == 0 else usual for part, usual in _USUAL)
     parts = [
         "{% for m in " + order + " %}",
         head,
@@ -167,12 +182,12 @@ def templates(draw) -> str:
         tail,
         "{% if add_generation_prompt %}" + prompt + "{% endif %}",
     ]
-    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2]))):
+    for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 2]))):
         odd = draw(st.one_of(harm, nonsense, texts))
         if draw(st.booleans()):  # where only some messages meet it
             odd = draw(st.sampled_from(["{% if loop.index > 2 %}", "{% if messages|length > 3 %}"])) + odd + "{% endif %}"
         parts.insert(draw(st.integers(0, len(parts))), odd)
-    if draw(st.integers(0, 9)) == 0:
+    if draw(st.integers(0, 19)) == 0:
         del parts[draw(st.integers(0, len(parts) - 1))]
     return "".join(parts)
 
@@ -204,7 +219,7 @@ def runs_of(tokenizer, document) -> list[str]:
 
 
 @fuzzed
-@given(template=templates() | nonsense | texts.map("{{{{ '' }}}}{}".format), chats=st.lists(conversations(), min_size=1, max_size=2))
+@given(template=templates(), chats=st.lists(conversations(), min_size=1, max_size=2))
 def test_any_template_gives_answers_as_labels_or_one_sentence(_trained_tokenizer, template, chats):
     tokenizer = _trained_tokenizer
     rows = [Row(chat, origin=f"chats.jsonl:{i}") for i, chat in enumerate(chats, 1)]

@@ -81,6 +81,7 @@ class TurnRenderer:
         self._taken = {*arguments, "messages"} - {"documents", "kwargs"}
         self._content_in_parts = False
         self._terminators: set[str] = set()  # tokens that end a turn inside its own rendering
+        self._suffix: str | None = None  # what the template writes behind an answer where it ends it with no token
         self._stop: dict[str, str] | None = None  # or: role that speaks next -> the token its header begins with
         self._ignored: dict[str, bool] = {}  # "tools" or a role -> whether the template leaves it out
         self._learn()
@@ -217,7 +218,7 @@ class TurnRenderer:
         if answer is None:
             answer = self._answer_alone(chat, i, prompt, whole)
         answer, tail = self._terminated(chat, message, answer, counts)
-        if not answer:
+        if not answer or not self._is_written(chat, i, whole, answer):
             counts["turns_ignored"] += 1
             return None
         if any(call["function"]["name"] not in answer for call in message.get("tool_calls") or ()):
@@ -227,6 +228,15 @@ class TurnRenderer:
         counts["thinking_ignored"] += reasoning not in answer
         counts["empty_think_supervised"] += _NOT_REASONED.match(answer) is not None
         return Turn(prompt, answer, tail)
+
+    def _is_written(self, chat: Chat, i: int, whole: str, answer: str) -> bool:
+        """Whether what stands in the answer's place comes from the message at all."""
+        message = chat.messages[i]
+        content = _spoken(message)
+        if content in answer or message.get("tool_calls") or (chat.prefill is not None and i == chat.first_supervised):
+            return True
+        other = message | {"content": message["content"] + _REPLY}
+        return self._render_alone(chat, [*chat.messages[:i], other]) != whole
 
     def _prefilled(self, chat: Chat, i: int, whole: str) -> str:
         """The prompt of a turn whose beginning is given: everything before the first character to be generated."""
@@ -263,11 +273,31 @@ class TurnRenderer:
                 for start, end in tokens:
                     if text[start:end] in known:
                         return text[:end], text[end:]
+            behind = self._first_terminator(text, message)
+            if behind is not None:
+                return text[:behind], text[behind:]
             if tokens:  # tool calls end with a token of their own: the last before any white space
                 end = next((end for (_, end), (start, _) in pairwise(tokens) if end != start), tokens[-1][1])
                 return text[:end], text[end:]
         text = text.rstrip()
+        content = _spoken(message)
+        if self._suffix is not None and content and content in text and not message.get("tool_calls"):
+            behind = text.rpartition(content)[2].strip()
+            if behind not in ("", self._suffix):
+                raise DataError(
+                    f"{chat.row.origin}: the chat template writes {behind[:40]!r} behind an answer, and no token that ends "
+                    "it: choose another template with chat_template"
+                )
         return text + self._stop_text(chat, message, counts) if text else "", ""
+
+    def _first_terminator(self, text: str, message: Message) -> int | None:
+        """The end of the first terminator behind the message's content: what follows it is never generated."""
+        content = _spoken(message)
+        if not content or content not in text or message.get("tool_calls"):
+            return None
+        start = text.rindex(content) + len(content)
+        ends = [place + len(end) for end in self._terminators if (place := text.find(end, start)) >= 0]
+        return min(ends, default=None)
 
     def _stop_text(self, chat: Chat, message: Message, counts: Counter[str]) -> str:
         """What ends an answer that the template ends with nothing."""
@@ -321,6 +351,7 @@ class TurnRenderer:
             self._terminators = {last[start:end]}
         else:
             self._stop = {"user": self._token_at_start(followed)}
+            self._suffix = last.strip()
 
     def _tokens_at_end(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of the added tokens that `text` ends with; nothing but white space stands among them."""
@@ -399,6 +430,11 @@ def _reasoning(message: Message) -> str:
         content = message["content"]
         reasoning = content.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in content else ""
     return reasoning.strip()
+
+
+def _spoken(message: Message) -> str:
+    """The content without the reasoning before it and the white space round it, which templates leave out."""
+    return str(message["content"]).rpartition("</think>")[2].strip()
 
 
 def _with_kwargs(chat: Chat, **kwargs: Any) -> Chat:
