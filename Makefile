@@ -1,5 +1,6 @@
 # make demo   set up, then the whole job on the built-in model and data
 # make test   set up, then the tests
+# make fuzz   the fuzz tests with 20,000 new cases each
 # make check  lint, format and types
 # make test-oldest  the tests that concern Transformers and TRL, with the oldest of them in an environment beside
 # make bench  truetune beside TRL on this GPU (benchmarks/compare.py has more recipes and peers)
@@ -10,7 +11,7 @@ TESTS        =
 BIN         := $(VENV)/bin
 READY       := $(VENV)/.ready
 
-.PHONY: demo test test-oldest check bench format setup clean
+.PHONY: demo test test-oldest fuzz check bench format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +34,9 @@ OLDEST = tests/models tests/train tests/trajectories tests/ops $(addprefix tests
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"
+
+fuzz: $(READY)
+	TRUETUNE_FUZZ=20000 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=0 tests/fuzz
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -209,6 +209,11 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    # Before the libraries are imported that read them: no reports, no counting of downloads, and no asking the Hub's
+    # converter for weights that a model does not have.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     command = typer.main.get_command(app)
     words = list(sys.argv[1:] if argv is None else argv)
     try:

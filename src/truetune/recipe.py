@@ -259,6 +259,7 @@ def _check(recipe: Recipe) -> None:
         if source.weight <= 0:
             raise RecipeError(f"The weight of {source.path} is {source.weight:g}: it must be above 0.")
     _check_output_dir(recipe.output_dir)
+    _check_other_paths(recipe)
 
 
 def _check_streaming(recipe: Recipe) -> None:
@@ -309,3 +310,14 @@ def _check_output_dir(output_dir: str) -> None:
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise RecipeError(f"The output {path} cannot be written: get write permission for {there}, or choose another.")
+
+
+def _check_other_paths(recipe: Recipe) -> None:
+    """A run writes into its output directory alone."""
+    given = recipe.training.get("model_init_kwargs")
+    for name in ("offload_folder", "cache_dir"):
+        if isinstance(given, dict) and name in given:
+            raise RecipeError(
+                f"`training.model_init_kwargs.{name}` would be written outside `output_dir`: remove it (HF_HOME says "
+                "where downloads go)."
+            )

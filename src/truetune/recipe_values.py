@@ -79,7 +79,7 @@ def read_text(text: str, where: str) -> Any:
 def checked_text(text: str, where: str) -> str:
     """`text`. Raises `RecipeError`, naming `where`, for characters that are none: NUL, escape codes, half surrogates."""
     if found := _NO_TEXT.search(text):
-        raise RecipeError(f"{where} holds the character {ascii(found[0])}, which is no text: remove it.")
+        raise RecipeError(f"{where} holds the character {found[0]!a}, which is no text: remove it.")
     return text
 
 

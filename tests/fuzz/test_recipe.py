@@ -16,8 +16,12 @@ from .cases import Mistake, assert_one_sentence, fuzzed, scalars, texts, values
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 words = st.sampled_from(
-    [*"yes no on off Yes NO true True false ~ null Null none None nan .nan .inf -.inf 0x1F 0o17 012 1_000 1__0 _1 1_".split()]
-    + "1e5 2e-4 1e999 .5 5. 1:30 12e03 2001-01-01 = << * & ! % @ ` | > - ? : # {} [] [a, b] {a: 1} q_proj,v_proj".split(" ")
+    [
+        *"yes no on off Yes NO true True false ~ null Null none None nan .nan .inf -.inf 0x1F 0o17 012 1_000 1__0 _1 1_".split()
+    ]
+    + "1e5 2e-4 1e999 .5 5. 1:30 12e03 2001-01-01 = << * & ! % @ ` | > - ? : # {} [] [a, b] {a: 1} q_proj,v_proj".split(
+        " "
+    )
     + ["9" * 400, "9" * 5000, "-0", "+1", "\u0663", "1.0", "lora", "full", "qlora", "nf4", "steps", "epoch", "cosine"]
     + ["../../etc", "/etc/passwd", "~", "~root/x", "a" * 300, "a/" * 3000, "builtin:demo", "0.1", "64", "[[[[", "- a"]
 )
@@ -61,7 +65,7 @@ valid = {
     "data": data,
 }
 mutated = {
-    **{name: leaves for name in KEYS},
+    **dict.fromkeys(KEYS, leaves),
     "training": st.dictionaries(training_keys | odd_keys, leaves, max_size=3) | leaves,
     "lora": st.dictionaries(lora_keys | odd_keys, leaves, max_size=3) | leaves,
 }
@@ -148,8 +152,25 @@ def _by_hand(tree, indent: str = "") -> str:
 
 
 dotted = st.sampled_from(
-    ["model", "data", "eval_data", "data.0.weight", "data.0.columns", "data.1.path", "data.x", "data.99999999", "lora.r"]
-    + ["data.0.columns.a.b", "lora", "training", "training.learning_rate", "training.lr_scheduler_kwargs.a.b", "lora..r"]
+    [
+        "model",
+        "data",
+        "eval_data",
+        "data.0.weight",
+        "data.0.columns",
+        "data.1.path",
+        "data.x",
+        "data.99999999",
+        "lora.r",
+    ]
+    + [
+        "data.0.columns.a.b",
+        "lora",
+        "training",
+        "training.learning_rate",
+        "training.lr_scheduler_kwargs.a.b",
+        "lora..r",
+    ]
     + ["training.model_init_kwargs.x", "output_dir", "lora.rank_pattern.x.y", "eval_data.0.path", "data.-1", "data.²"]
     + ["data." + "9" * 5000, "lr", "a.b", ".", "", "--model", "training.run_name", "max_length.x"]
 )

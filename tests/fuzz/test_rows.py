@@ -126,7 +126,9 @@ def files(draw) -> tuple[str, bytes]:
         ".csv": _csv,
         ".parquet": _parquet,
     }[kind](some)
-    for change in draw(st.lists(st.sampled_from(["bom", "crlf", "cut", "bytes", "twice", "junk", "blank"]), max_size=2)):
+    for change in draw(
+        st.lists(st.sampled_from(["bom", "crlf", "cut", "bytes", "twice", "junk", "blank"]), max_size=2)
+    ):
         place = draw(st.integers(0, len(data)))
         if change == "bom":
             data = b"\xef\xbb\xbf" + data
@@ -258,7 +260,8 @@ def assert_labelled_right(tokenizer, document, row: Row) -> None:
     wanted = [
         i
         for i, turn in enumerate(turns)
-        if turn["role"] == "assistant" and i >= max(first, opening, 1)
+        if turn["role"] == "assistant"
+        and i >= max(first, opening, 1)
         # ChatML leaves out calls; a turn whose text has their names all the same is trained
         and all(call["function"]["name"] in turn["content"] + "<|im_end|>" for call in turn.get("tool_calls") or ())
     ]

@@ -78,7 +78,8 @@ bodies = st.sampled_from(
 )
 ends = st.sampled_from(["<|im_end|>\n", "<|im_end|>", "{{ eos_token }}", "\n", "", "</s>", "<|endoftext|> "])
 tails = st.sampled_from(
-    [""] * 5 + ["bye", "{{ messages[0].content }}", "{{ messages[-1].content }}", "<|endoftext|>", "{{ messages|length }}"]
+    [""] * 5
+    + ["bye", "{{ messages[0].content }}", "{{ messages[-1].content }}", "<|endoftext|>", "{{ messages|length }}"]
 )
 prompts = st.sampled_from(
     ["<|im_start|>assistant\n", "assistant: ", "", "<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"]
@@ -185,7 +186,9 @@ def templates(draw) -> str:
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 2]))):
         odd = draw(st.one_of(harm, nonsense, texts))
         if draw(st.booleans()):  # where only some messages meet it
-            odd = draw(st.sampled_from(["{% if loop.index > 2 %}", "{% if messages|length > 3 %}"])) + odd + "{% endif %}"
+            odd = (
+                draw(st.sampled_from(["{% if loop.index > 2 %}", "{% if messages|length > 3 %}"])) + odd + "{% endif %}"
+            )
         parts.insert(draw(st.integers(0, len(parts))), odd)
     if draw(st.integers(0, 19)) == 0:
         del parts[draw(st.integers(0, len(parts) - 1))]
@@ -194,7 +197,9 @@ def templates(draw) -> str:
 
 # -- conversations whose every message can be told ---------------------------------------------------------------------
 
-surroundings = st.sampled_from(["{}", "{}", "{}", " {}", "{}\n", "{} <|im_end|>", "<think>\nhm\n</think>\n\n{}", "{}é", "\0{}"])
+surroundings = st.sampled_from(
+    ["{}", "{}", "{}", " {}", "{}\n", "{} <|im_end|>", "<think>\nhm\n</think>\n\n{}", "{}é", "\0{}"]
+)
 
 
 @st.composite
@@ -243,7 +248,11 @@ def test_any_template_gives_answers_as_labels_or_one_sentence(_trained_tokenizer
 
 
 @fuzzed
-@given(name=st.sampled_from(sorted(BUILTIN_TEMPLATES)), chat=conversations(), supervise=st.sampled_from(["responses", "all"]))
+@given(
+    name=st.sampled_from(sorted(BUILTIN_TEMPLATES)),
+    chat=conversations(),
+    supervise=st.sampled_from(["responses", "all"]),
+)
 def test_the_built_in_templates_supervise_each_answer_with_its_end(_trained_tokenizer, name, chat, supervise):
     tokenizer = copy.deepcopy(_trained_tokenizer)
     builtin = BUILTIN_TEMPLATES[name]

@@ -130,7 +130,9 @@ class TurnRenderer:
         groups: dict[str, list[int]] = {}
         for number, (chat, _) in enumerate(jobs):
             row = chat.row
-            shared = json.dumps([row.tools, row.template_kwargs], default=repr) if row.tools or row.template_kwargs else ""
+            shared = (
+                json.dumps([row.tools, row.template_kwargs], default=repr) if row.tools or row.template_kwargs else ""
+            )
             groups.setdefault(shared, []).append(number)
         texts = [""] * len(jobs)
         for numbers in groups.values():
@@ -335,7 +337,9 @@ class TurnRenderer:
         else:
             self._content_in_parts = False
             return
-        if not (followed.rfind(_QUESTION) < followed.find(_REPLY) <= followed.rfind(_REPLY) < followed.find(_FOLLOW_UP)):
+        if not (
+            followed.rfind(_QUESTION) < followed.find(_REPLY) <= followed.rfind(_REPLY) < followed.find(_FOLLOW_UP)
+        ):
             raise DataError(
                 "the chat template does not write messages in their order, each once, so that nothing says which answer "
                 "follows from what: choose another with chat_template"
