@@ -17,13 +17,35 @@ from .cases import Mistake, assert_one_sentence, fuzzed, scalars, texts, values
 
 words = st.sampled_from(
     [
-        *"yes no on off Yes NO true True false ~ null Null none None nan .nan .inf -.inf 0x1F 0o17 012 1_000 1__0 _1 1_".split()
+        *"yes no on off Yes NO true True false ~ null Null none None nan .nan .inf -.inf 0x1F 0o17 012 1_000 1__0 _1 1_".split(),
+        *"1e5 2e-4 1e999 .5 5. 1:30 12e03 2001-01-01 = << * & ! % @ ` | > - ? : # {} [] [a, b] {a: 1} q_proj,v_proj".split(
+            " "
+        ),
+        "9" * 400,
+        "9" * 5000,
+        "-0",
+        "+1",
+        "٣",
+        "1.0",
+        "lora",
+        "full",
+        "qlora",
+        "nf4",
+        "steps",
+        "epoch",
+        "cosine",
+        "../../etc",
+        "/etc/passwd",
+        "~",
+        "~root/x",
+        "a" * 300,
+        "a/" * 3000,
+        "builtin:demo",
+        "0.1",
+        "64",
+        "[[[[",
+        "- a",
     ]
-    + "1e5 2e-4 1e999 .5 5. 1:30 12e03 2001-01-01 = << * & ! % @ ` | > - ? : # {} [] [a, b] {a: 1} q_proj,v_proj".split(
-        " "
-    )
-    + ["9" * 400, "9" * 5000, "-0", "+1", "\u0663", "1.0", "lora", "full", "qlora", "nf4", "steps", "epoch", "cosine"]
-    + ["../../etc", "/etc/passwd", "~", "~root/x", "a" * 300, "a/" * 3000, "builtin:demo", "0.1", "64", "[[[[", "- a"]
 )
 plausible = st.one_of(
     words, scalars.filter(lambda value: not isinstance(value, str) or len(value) < 100), st.lists(words, max_size=3)
@@ -162,17 +184,27 @@ dotted = st.sampled_from(
         "data.x",
         "data.99999999",
         "lora.r",
-    ]
-    + [
         "data.0.columns.a.b",
         "lora",
         "training",
         "training.learning_rate",
         "training.lr_scheduler_kwargs.a.b",
         "lora..r",
+        "training.model_init_kwargs.x",
+        "output_dir",
+        "lora.rank_pattern.x.y",
+        "eval_data.0.path",
+        "data.-1",
+        "data.²",
+        "data." + "9" * 5000,
+        "lr",
+        "a.b",
+        ".",
+        "",
+        "--model",
+        "training.run_name",
+        "max_length.x",
     ]
-    + ["training.model_init_kwargs.x", "output_dir", "lora.rank_pattern.x.y", "eval_data.0.path", "data.-1", "data.²"]
-    + ["data." + "9" * 5000, "lr", "a.b", ".", "", "--model", "training.run_name", "max_length.x"]
 )
 overrides = st.lists(
     st.one_of(

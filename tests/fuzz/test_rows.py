@@ -32,8 +32,23 @@ kwargs = st.one_of(
     st.fixed_dictionaries({"enable_thinking": st.booleans()}),
     st.dictionaries(
         st.sampled_from(
-            ["tokenize", "messages", "tools", "continue_final_message", "return_dict", "chat_template", "conversation"]
-            + ["add_generation_prompt", "padding", "eos_token", "range", "", "class", "documents", "tokenizer_kwargs"]
+            [
+                "tokenize",
+                "messages",
+                "tools",
+                "continue_final_message",
+                "return_dict",
+                "chat_template",
+                "conversation",
+                "add_generation_prompt",
+                "padding",
+                "eos_token",
+                "range",
+                "",
+                "class",
+                "documents",
+                "tokenizer_kwargs",
+            ]
         ),
         values,
         max_size=2,
@@ -225,8 +240,7 @@ def test_what_is_well_formed_is_read_as_it_stands(directory, chats, kind):
 
 @fuzzed
 @given(file=files())
-def test_rows_become_documents_whose_labels_are_their_answers(directory, _trained_tokenizer, file):
-    tokenizer = _trained_tokenizer
+def test_rows_become_documents_whose_labels_are_their_answers(directory, tokenizer, file):
     try:
         found = read(directory, file)
         documents, counts = Encoder(tokenizer).encode(found)

@@ -82,8 +82,18 @@ tails = st.sampled_from(
     + ["bye", "{{ messages[0].content }}", "{{ messages[-1].content }}", "<|endoftext|>", "{{ messages|length }}"]
 )
 prompts = st.sampled_from(
-    ["<|im_start|>assistant\n", "assistant: ", "", "<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"]
-    + ["{{ messages[-1].content }}", "<|im_start|>", "x", "ASSISTANT\n", "<|im_start|>model\n"]
+    [
+        "<|im_start|>assistant\n",
+        "assistant: ",
+        "",
+        "<think>\n",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "{{ messages[-1].content }}",
+        "<|im_start|>",
+        "x",
+        "ASSISTANT\n",
+        "<|im_start|>model\n",
+    ]
 )
 
 _HEADS_AND_PROMPTS = [
@@ -225,8 +235,7 @@ def runs_of(tokenizer, document) -> list[str]:
 
 @fuzzed
 @given(template=templates(), chats=st.lists(conversations(), min_size=1, max_size=2))
-def test_any_template_gives_answers_as_labels_or_one_sentence(_trained_tokenizer, template, chats):
-    tokenizer = _trained_tokenizer
+def test_any_template_gives_answers_as_labels_or_one_sentence(tokenizer, template, chats):
     rows = [Row(chat, origin=f"chats.jsonl:{i}") for i, chat in enumerate(chats, 1)]
     try:
         documents, counts = Encoder(tokenizer, chat_template=template).encode(rows)
@@ -253,8 +262,8 @@ def test_any_template_gives_answers_as_labels_or_one_sentence(_trained_tokenizer
     chat=conversations(),
     supervise=st.sampled_from(["responses", "all"]),
 )
-def test_the_built_in_templates_supervise_each_answer_with_its_end(_trained_tokenizer, name, chat, supervise):
-    tokenizer = copy.deepcopy(_trained_tokenizer)
+def test_the_built_in_templates_supervise_each_answer_with_its_end(tokenizer, name, chat, supervise):
+    tokenizer = copy.deepcopy(tokenizer)
     builtin = BUILTIN_TEMPLATES[name]
     tokenizer.add_special_tokens({"additional_special_tokens": list(builtin.special_tokens)})
     end = builtin.stop_token or tokenizer.eos_token

@@ -3,9 +3,7 @@
 import json
 from typing import Any
 
-MAX_DEPTH = (
-    100  # lists and objects in each other; the recursion of templates, hashes and encoders ends at some hundreds
-)
+MAX_DEPTH = 100  # lists and objects in each other; recursion in templates and hashes ends at some hundreds
 
 
 def parse_json(text: str) -> Any:
