@@ -77,7 +77,7 @@ def read_text(text: str, where: str) -> Any:
 
 
 def checked_text(text: str, where: str) -> str:
-    """`text`. Raises `RecipeError`, naming `where`, for characters that are none: NUL, escape codes, half surrogates."""
+    """`text`. Raises `RecipeError`, naming `where`, for what is no text: NUL, escape codes, half surrogates."""
     if found := _NO_TEXT.search(text):
         raise RecipeError(f"{where} holds the character {found[0]!a}, which is no text: remove it.")
     return text
@@ -150,7 +150,7 @@ class _Values:
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Writes text in quotes wherever it would be read as something else: `none`, `1e5`, or with line breaks of Unicode."""
+    """Quotes text that would be read as something else: `none`, `1e5`, or with line breaks of Unicode."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         as_plain = text.lower() in ("none", *_TRUE, *_FALSE) or text in _NULL or _FLOAT.fullmatch(text)

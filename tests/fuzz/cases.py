@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """How many cases a fuzz test runs, and what an error has to be like.
 
 The ordinary test run has the same few hundred cases every time; `make fuzz` sets TRUETUNE_FUZZ=20000 and draws new ones.

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Any text that calls itself a recipe, and any KEY=VALUE behind it: a recipe that reads back as itself, or one sentence."""
 
 import os

@@ -1,3 +1,4 @@
+# ruff: noqa: PT017, SIM102
 """Any bytes that call themselves data: rows that are what the file says, or one sentence about the line."""
 
 import gzip

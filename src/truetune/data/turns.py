@@ -284,11 +284,11 @@ class TurnRenderer:
         text = text.rstrip()
         content = _spoken(message)
         if self._suffix is not None and content and content in text and not message.get("tool_calls"):
-            behind = text.rpartition(content)[2].strip()
-            if behind not in ("", self._suffix):
+            more = text.rpartition(content)[2].strip()
+            if more not in ("", self._suffix):
                 raise DataError(
-                    f"{chat.row.origin}: the chat template writes {behind[:40]!r} behind an answer, and no token that ends "
-                    "it: choose another template with chat_template"
+                    f"{chat.row.origin}: the chat template writes {more[:40]!r} behind an answer, and no token that "
+                    "ends it: choose another template with chat_template"
                 )
         return text + self._stop_text(chat, message, counts) if text else "", ""
 
