@@ -341,8 +341,8 @@ class TurnRenderer:
             followed.rfind(_QUESTION) < followed.find(_REPLY) <= followed.rfind(_REPLY) < followed.find(_FOLLOW_UP)
         ):
             raise DataError(
-                "the chat template does not write messages in their order, each once, so that nothing says which answer "
-                "follows from what: choose another with chat_template"
+                "the chat template does not write messages in their order, each once, so that nothing says which "
+                "answer follows from what: choose another with chat_template"
             )
         last = last.rpartition(_REPLY)[2]
         followed = followed.rpartition(_REPLY)[2].partition(_FOLLOW_UP)[0]
