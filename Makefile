@@ -1,6 +1,7 @@
 # make demo   set up, then the whole job on the built-in model and data
 # make test   set up, then the tests
 # make soak   set up, then runs killed at random moments, for half an hour (SOAK_SEED=N repeats one)
+# make fuzz   the fuzz tests with 20,000 new cases each
 # make check  lint, format and types
 # make test-oldest  the tests that concern Transformers and TRL, with the oldest of them in an environment beside
 # make bench  truetune beside TRL on this GPU (benchmarks/compare.py has more recipes and peers)
@@ -11,7 +12,7 @@ TESTS        =
 BIN         := $(VENV)/bin
 READY       := $(VENV)/.ready
 
-.PHONY: demo test test-oldest soak check bench format setup clean
+.PHONY: demo test test-oldest soak fuzz check bench format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,9 @@ test-oldest:
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -n 2 -rP tests/soak
+
+fuzz: $(READY)
+	TRUETUNE_FUZZ=20000 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=0 tests/fuzz
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -472,3 +472,31 @@ def test_a_tilde_is_the_home_directory_where_no_shell_has_seen_it(monkeypatch):
     keys = ("model", "adapter", "chat_template", "output_dir")
     recipe = load_recipe(None, [f"{key}=~/{key}" for key in keys] + ["data=~/chats.jsonl"])
     assert [getattr(recipe, key) for key in keys] == [f"/home/ada/{key}" for key in keys]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+        "lora: " + "[" * 3000,
+        '"\\UFFFFFFFF": 1\n',
+        'chat_template: "\\0"\n',
+        'chat_template: "\\ud800"\n',
+        "revision: !env HOME\n",
+        "max_length: 1__0\n",
+        "output_dir: ''\n",
+        "training: {model_init_kwargs: {offload_folder: /tmp/x}}\n",
+    ],
+)
+def test_a_hostile_recipe_is_refused_in_one_sentence(written, text):
+    assert error_of(written, text)
+
+
+def test_text_that_looks_like_something_else_reads_back_as_itself(written):
+    recipe = written("chat_template: 'none'\ntraining: {lr_scheduler_kwargs: {a: '1e5'}}\n")
+    assert "'none'" in recipe.to_yaml() or '"none"' in recipe.to_yaml()
+    assert '"1e5"' in recipe.to_yaml()
+
+
+def test_a_source_can_be_added_where_there_was_a_share():
+    assert load("eval_data=0.05", "eval_data.0.path=held.jsonl").eval_data[0].path == "held.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -34,6 +35,7 @@ Model = Annotated[str | None, typer.Option(help="Hub name, directory, or builtin
 Data = Annotated[str | None, typer.Option(help="File, directory, glob, Hub name, or builtin:demo.", show_default=False)]
 Method = Annotated[str | None, typer.Option(help="lora (default), qlora or full.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_LONGEST_MESSAGE = 1000
 INTERRUPTED = 130  # the shell's code for SIGINT
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, which some versions of Typer carry themselves
 OVERWRITE = "Replace what the output directory holds."
@@ -223,7 +225,7 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     _quiet_libraries()
     overrides = list(changes or [])
     path = None
-    if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
+    if overrides and ("=" not in overrides[0] or os.path.isfile(overrides[0])):
         path = overrides.pop(0)
     return load_recipe(path, overrides, flags)
 
@@ -240,6 +242,11 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    # Before the libraries are imported that read them: no reports, no counting of downloads, and no asking the Hub's
+    # converter for weights that a model does not have.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     command = typer.main.get_command(app)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -269,9 +276,20 @@ def _mistakes() -> tuple[type[ValueError], ...]:
 
 
 def _say(message: str) -> None:
-    """One sentence on stderr; where it quotes another library's sentences, semicolons join them."""
+    print(f"truetune: {_one_sentence(message)}", file=sys.stderr)
+
+
+def _one_sentence(message: str) -> str:
+    """A message as one line; where it quotes another library's sentences, semicolons join them.
+
+    What it quotes from data, recipes and templates can be long, or steer a terminal.
+    """
     message = re.sub(r"[.!?] (?=[A-Z])", "; ", " ".join(message.split()))
-    print(f"truetune: {message}{'' if message.endswith(('.', '?')) else '.'}", file=sys.stderr)
+    if len(message) > _LONGEST_MESSAGE:
+        half = _LONGEST_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return message if message.endswith((".", "?")) else f"{message}."
 
 
 def _usage(error: Any) -> str:

@@ -5,13 +5,14 @@ Unknown keys, wrong types and values that contradict each other are errors here,
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from truetune.recipe_schema import Recipe, check_top_key, typed
-from truetune.recipe_values import Plain, RecipeError, WrongTypeError, convert, read_text, read_yaml
+from truetune.recipe_values import Plain, RecipeError, WrongTypeError, checked_text, convert, read_text, read_yaml
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_template", "with_batch_split", "write_template"]
 
@@ -119,7 +120,9 @@ def with_batch_split(recipe: Recipe, num_processes: int) -> Recipe:
 
 def _command_line(overrides: Sequence[str], flags: Mapping[str, str | None]) -> list[tuple[str, Any]]:
     """(dotted key, value) of flags and KEY=VALUE, whole keys before parts of them. Raises where one is set twice."""
-    given: list[tuple[str, Any]] = [(key, Plain(value)) for key, value in flags.items() if value is not None]
+    given: list[tuple[str, Any]] = [
+        (key, Plain(checked_text(value, key))) for key, value in flags.items() if value is not None
+    ]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -150,13 +153,15 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             tree[name] = _as_sources(value)
             return
         sources = tree.setdefault(name, [])
-        count = len(sources) if isinstance(sources, list) else 0
-        if not rest[0].isdecimal() or int(rest[0]) > count:
-            first = f"{name}.0.{rest[0]}" if not rest[0].isdecimal() else f"a number up to {count}"
+        if not isinstance(sources, list):  # null, or the share of rows to evaluate on
+            sources = tree[name] = []
+        number = int(rest[0]) if re.fullmatch("[0-9]{1,6}", rest[0]) else None
+        if number is None or number > len(sources):
+            first = f"{name}.0.{rest[0]}" if number is None else f"a number up to {len(sources)}"
             raise RecipeError(f"`{key}` names no source: write {first}.")
-        if int(rest[0]) == count:
+        if number == len(sources):
             sources.append({})
-        _set_part(sources[int(rest[0])], rest[1:], key, value)
+        _set_part(sources[number], rest[1:], key, value)
     elif rest:
         if name not in ("lora", "training"):
             raise RecipeError(f"`{name}` has no parts, so `{key}` cannot be set: write {name}=VALUE.")
@@ -254,6 +259,7 @@ def _check(recipe: Recipe) -> None:
         if source.weight <= 0:
             raise RecipeError(f"The weight of {source.path} is {source.weight:g}: it must be above 0.")
     _check_output_dir(recipe.output_dir)
+    _check_other_paths(recipe)
 
 
 def _check_streaming(recipe: Recipe) -> None:
@@ -292,9 +298,11 @@ def _check_ranges(recipe: Recipe) -> None:
 
 def _check_output_dir(output_dir: str) -> None:
     """Refuses, before anything is loaded, an output that cannot be written."""
+    if not output_dir.strip():
+        raise RecipeError("`output_dir` is empty: name a directory, as output_dir=runs/a.")
     path = Path(output_dir)
     there = path
-    while not there.exists() and there != there.parent:
+    while not os.path.lexists(there) and there != there.parent:  # where Path.exists raises, as for too long a name
         there = there.parent
     if not there.is_dir():
         raise RecipeError(
@@ -302,3 +310,14 @@ def _check_output_dir(output_dir: str) -> None:
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise RecipeError(f"The output {path} cannot be written: get write permission for {there}, or choose another.")
+
+
+def _check_other_paths(recipe: Recipe) -> None:
+    """A run writes into its output directory alone."""
+    given = recipe.training.get("model_init_kwargs")
+    for name in ("offload_folder", "cache_dir"):
+        if isinstance(given, dict) and name in given:
+            raise RecipeError(
+                f"`training.model_init_kwargs.{name}` would be written outside `output_dir`: remove it (HF_HOME says "
+                "where downloads go)."
+            )

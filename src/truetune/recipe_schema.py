@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from truetune.data.rows import Source
-from truetune.recipe_values import Plain, RecipeError, WrongTypeError, convert
+from truetune.recipe_values import Plain, RecipeDumper, RecipeError, WrongTypeError, convert
 from truetune.recipe_words import advice, nearest, value_advice
 
 
@@ -48,7 +48,7 @@ class Recipe:
         return as_plain(values)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 KEYS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "explicit")

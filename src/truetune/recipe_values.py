@@ -19,9 +19,13 @@ from truetune.recipe_words import nearest
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+_MAX_VALUES = 100_000  # a few lines of aliases to aliases stand for billions
+_MAX_DEPTH = 50
+_LINE_BREAKS = re.compile("[\r\u2028\u2029\ufeff]")
+_NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what no path, name or template holds
 
 
 class RecipeError(ValueError):
@@ -68,8 +72,15 @@ def read_text(text: str, where: str) -> Any:
     Raises `RecipeError`, naming `where`, for brackets that do not close.
     """
     if text[:1] not in ("[", "{"):
-        return Plain(text)
+        return Plain(checked_text(text, where))
     return _value(_compose(text, where), "", where, {})
+
+
+def checked_text(text: str, where: str) -> str:
+    """`text`. Raises `RecipeError`, naming `where`, for what is no text: NUL, escape codes, half surrogates."""
+    if found := _NO_TEXT.search(text):
+        raise RecipeError(f"{where} holds the character {found[0]!a}, which is no text: remove it.")
+    return text
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
@@ -79,30 +90,75 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and "\n" in text else ""
         problem = getattr(error, "problem", None) or "unreadable character"
-        raise RecipeError(f"{where}{line} is not YAML ({problem}): mend this line.") from None
+    except RecursionError:
+        line, problem = "", "nested too deeply"
+    except (ValueError, OverflowError):  # PyYAML lets chr() complain of "\UFFFFFFFF"
+        line, problem = "", "an escape that is no character"
+    raise RecipeError(f"{where}{line} is not YAML ({problem}): mend this line.")
 
 
-def _value(node: yaml.Node | None, key: str, where: str, places: dict[str, str], outer: tuple = ()) -> Any:
-    if isinstance(node, yaml.ScalarNode):
-        return Plain(node.value) if node.style is None else str(node.value)
-    if node in outer:
-        raise RecipeError(f"{where}: `{key}` contains itself: remove the alias.")
-    outer = (*outer, node)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(n, f"{key}.{i}", where, places, outer) for i, n in enumerate(node.value)]
-    assert isinstance(node, yaml.MappingNode)
-    mapping: dict[str, Any] = {}
-    for name_node, value_node in node.value:
-        place = f"{where}:{name_node.start_mark.line + 1}"
-        if not isinstance(name_node, yaml.ScalarNode):
-            raise RecipeError(f"{place}: a key must be a word, not a list or a mapping.")
-        name = str(name_node.value)
-        dotted = f"{key}.{name}" if key else name
-        if name in mapping:
-            raise RecipeError(f"{place}: `{dotted}` is set twice: keep one.")
-        places[dotted] = place
-        mapping[name] = _value(value_node, dotted, where, places, outer)
-    return mapping
+def _value(node: yaml.Node | None, key: str, where: str, places: dict[str, str]) -> Any:
+    return _Values(where, places).read(node, key)
+
+
+class _Values:
+    """The values of YAML nodes, whose keys' places go into `places`; no more of them than a recipe can have."""
+
+    def __init__(self, where: str, places: dict[str, str]) -> None:
+        self.where = where
+        self.places = places
+        self.count = 0
+
+    def read(self, node: yaml.Node | None, key: str, outer: tuple[yaml.Node, ...] = ()) -> Any:
+        assert node is not None
+        self.count += 1
+        if node in outer:
+            raise RecipeError(f"{self.where}: `{key}` contains itself: remove the alias.")
+        if self.count > _MAX_VALUES or len(outer) > _MAX_DEPTH:
+            raise RecipeError(f"{self.where}: `{key}` holds more values than a recipe can have: remove the aliases.")
+        self._check_tag(node, key)
+        if isinstance(node, yaml.ScalarNode):
+            text = checked_text(node.value, f"{self.where}:{node.start_mark.line + 1}: `{key}`")
+            return Plain(text) if node.style is None else text
+        outer = (*outer, node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, f"{key}.{i}", outer) for i, item in enumerate(node.value)]
+        assert isinstance(node, yaml.MappingNode)
+        return self._mapping(node, key, outer)
+
+    def _mapping(self, node: yaml.MappingNode, key: str, outer: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            place = f"{self.where}:{name_node.start_mark.line + 1}"
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise RecipeError(f"{place}: a key must be a word, not a list or a mapping.")
+            name = checked_text(name_node.value, f"{place}: a key")
+            dotted = f"{key}.{name}" if key else name
+            if name in mapping:
+                raise RecipeError(f"{place}: `{dotted}` is set twice: keep one.")
+            self.places[dotted] = place
+            mapping[name] = self.read(value_node, dotted, outer)
+        return mapping
+
+    def _check_tag(self, node: yaml.Node, key: str) -> None:
+        """A tag such as !env or !!python/name asks for something; to take the text beside it would be a guess."""
+        kind = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}[type(node)]
+        if node.tag not in (None, "!", f"tag:yaml.org,2002:{kind}"):
+            place = f"{self.where}:{node.start_mark.line + 1}"
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise RecipeError(f"{place}: `{key}` has the tag {tag}, and a recipe has no tags: write the plain value.")
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes text that would be read as something else: `none`, `1e5`, or with line breaks of Unicode."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        as_plain = text.lower() in ("none", *_TRUE, *_FALSE) or text in _NULL or _FLOAT.fullmatch(text)
+        style = '"' if as_plain or _LINE_BREAKS.search(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+RecipeDumper.add_representer(str, RecipeDumper.represent_text)
 
 
 # -- typing ------------------------------------------------------------------------------------------------------------
@@ -210,9 +266,9 @@ def _untyped(value: Any) -> Any:
         return None
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if _INT.fullmatch(value):
-        return int(value)
-    return float(value) if _FLOAT.fullmatch(value) else str(value)
+    if not _FLOAT.fullmatch(value) or not math.isfinite(number := float(value)):
+        return str(value)
+    return int(value) if _INT.fullmatch(value) else number
 
 
 def _is_null(value: str) -> bool:

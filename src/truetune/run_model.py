@@ -118,6 +118,12 @@ def check_adapter(recipe: Recipe) -> None:
         raise TrainError(f"no adapter can be loaded from {recipe.adapter}: {_one_line(error)}") from error
     if config.peft_type != "LORA":
         raise TrainError(f"the adapter {recipe.adapter} is {config.peft_type.value}: only LORA can be trained on.")
+    adapter = Path(recipe.adapter)
+    if adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():
+        raise TrainError(
+            f"{adapter} has no adapter_model.safetensors, and pickled weights, which can run code, are not read: "
+            "convert them to safetensors."
+        )
     made_on, base = config.base_model_name_or_path, model_path(recipe)
     if made_on != base and "adapter_base" not in recipe.allow:
         raise TrainError(

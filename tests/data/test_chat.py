@@ -485,3 +485,37 @@ def test_the_fingerprint_is_of_everything_that_decides_the_documents(tokenizer):
         changed.add_special_tokens(change)
         others.append(Encoder(changed))
     assert len({first, *(encoder.fingerprint for encoder in others)}) == 6
+
+
+# ---- templates from anywhere -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "time"),
+        ("{{ 'a' * 10 ** 11 }}", "memory"),
+        ("{% for m in messages|reverse %}{{ m.content }}{% endfor %}", "order"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_template_that_harms_is_refused(tokenizer, monkeypatch, template, reason):
+    monkeypatch.setattr("truetune.data.limits.SECONDS", 0.3)
+    with pytest.raises(DataError, match=reason):
+        trained(tokenizer, chat(user("2+2?"), assistant("4")), chat_template=template)
+
+
+def test_a_template_that_writes_the_question_as_the_answer_trains_nothing(tokenizer):
+    template = CHATML.replace("m['content']", "messages[0]['content']")
+    texts, counts = trained(tokenizer, chat(user("2+2?"), assistant("4")), chat_template=template)
+    assert texts == [[]] and counts["turns_ignored"] == 1
+
+
+def test_a_row_cannot_say_how_it_is_rendered(tokenizer):
+    with pytest.raises(DataError, match="continue_final_message"):
+        trained(tokenizer, chat(user("a"), assistant("b"), template_kwargs={"continue_final_message": True}))
+
+
+def test_a_template_that_writes_nothing_gives_no_label(tokenizer):
+    [document], _ = Encoder(tokenizer, chat_template="{{ '' }}").encode([chat(user("a"))])
+    assert document.input_ids == document.labels == []

@@ -91,7 +91,7 @@ BAD_FILES = {
     "array.jsonl": (b'[\n{"text": "a"}]', "array.jsonl:1: malformed JSON"),
     "list.jsonl": (b'{"text": "a"}\n["b"]\n', "list.jsonl:2: the row is a list, not an object"),
     "deep.jsonl": (b'{"text": ' + b"[" * 100_000, "deep.jsonl:1: malformed JSON"),
-    "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud83d"}\n', "half.jsonl:2: the row has half of a \\ud escape"),
+    "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud83d"}\n', "half.jsonl:2: malformed JSON (half of a \\ud escape"),
     "half.json": (b'[{"text": "\\ud83d"}]', "half.json:1: the row has half of a \\ud escape"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: byte 11 (0xe9) is not UTF-8"),
     "latin.json": (b'[\n{"text": "\xe9"}]', "latin.json:2: byte 11 (0xe9) is not UTF-8"),

@@ -123,7 +123,7 @@ class Encoder:
         for (ids, labels), origin in zip(tokenized, origins, strict=True):
             if self._bos and ids[:1] != self._bos:
                 ids, labels = [*self._bos, *ids], [IGNORE_INDEX, *labels]
-            labels[:1] = [IGNORE_INDEX]
+            labels[:1] = [IGNORE_INDEX] * len(labels[:1])  # none, where a template writes nothing
             result.append(Document(ids, labels, origin))
         return result, +counts
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from truetune.data.errors import DataError
+from truetune.data.json_text import MAX_DEPTH, has_surrogate_escapes, is_deeper, is_text, parse_json
 from truetune.data.shapes import kind
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -76,11 +77,11 @@ def _jsonl_rows(lines: Iterable[bytes], path: str) -> Iterator[PlacedRow]:
             continue
         origin = f"{path}:{number}"
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             raise DataError(f"{origin}: malformed JSON ({_reason(error)}), each line must be one JSON object") from None
         if row is not None:
-            yield origin, _object(row, origin, _has_surrogates(text))
+            yield origin, _object(row, origin)
 
 
 def _json_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
@@ -103,12 +104,14 @@ def _json_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
             raise DataError(f"{path}:1: the file must hold one list of rows, but its object has {len(lists)} lists")
     elif not isinstance(value, list):
         raise DataError(f"{path}:1: the file must hold a list of rows, but it holds {kind(value)}")
+    if is_deeper(value, MAX_DEPTH):
+        raise DataError(f"{path}:1: malformed JSON (nested too deeply), repair the file")
     yield from _array_elements(text, path)
 
 
 def _array_elements(text: str, path: str) -> Iterator[PlacedRow]:
     """The elements of the one array in `text` (valid JSON: an array, or an object with one), with their lines."""
-    decoder, has_surrogates = json.JSONDecoder(), _has_surrogates(text)
+    decoder, has_surrogates = json.JSONDecoder(), has_surrogate_escapes(text)
     position = _skip_gap(text, 0)
     if text[position] == "{":
         position += 1
@@ -123,8 +126,10 @@ def _array_elements(text: str, path: str) -> Iterator[PlacedRow]:
         line, seen = line + text.count("\n", seen, position), position
         row, position = decoder.raw_decode(text, position)
         origin = f"{path}:{line}"
+        if has_surrogates and not is_text(row):
+            raise DataError(f"{origin}: the row has half of a \\ud escape, which is no character: repair it")
         if row is not None:
-            yield origin, _object(row, origin, has_surrogates)
+            yield origin, _object(row, origin)
 
 
 def _skip_gap(text: str, position: int) -> int:
@@ -163,7 +168,6 @@ def _csv_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
 
 
 def _parquet_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
@@ -172,7 +176,7 @@ def _parquet_rows(file: IO[bytes], path: str) -> Iterator[PlacedRow]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", without_nulls(row)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # of many kinds: a date that Python does not have is an OverflowError
         raise DataError(f"{path} is no parquet file that can be read: {one_line(error)}") from None
 
 
@@ -186,18 +190,9 @@ def _utf8(data: bytes, path: str, first_line: int) -> str:
         raise DataError(f"{path}:{line}: byte {column} ({byte}) is not UTF-8: save the file as UTF-8") from None
 
 
-def _has_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def _object(row: Any, origin: str, has_surrogates: bool) -> dict[str, Any]:
+def _object(row: Any, origin: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{origin}: the row is {kind(row)}, not an object with columns")
-    if has_surrogates:  # an escape like \ud83d without its other half is JSON, but no text that a tokenizer takes
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{origin}: the row has half of a \\ud escape, which is no character: repair it") from None
     return row
 
 

@@ -271,12 +271,15 @@ def _saved_dataset_rows(path: Path, source: Source) -> Iterator[PlacedRow]:
 
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds: its files are JSON of any shape
         raise DataError(f"{source.path} is no data set that can be loaded: {one_line(error)}") from None
     splits = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
     if source.split not in splits:
         raise DataError(f"{source.path} has no split {source.split}: its splits are {', '.join(map(str, splits))}")
-    yield from _dataset_rows(splits[source.split], source.path)
+    try:
+        yield from _dataset_rows(splits[source.split], source.path)
+    except Exception as error:
+        raise DataError(f"{source.path} is no data set that can be read: {one_line(error)}") from None
 
 
 def _dataset_rows(dataset: Any, path: str) -> Iterator[PlacedRow]:

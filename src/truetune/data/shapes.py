@@ -13,13 +13,13 @@
 values for. Messages may be {"role", "content"} or {"from", "value"} in each of them.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from truetune.data.errors import DataError
+from truetune.data.json_text import parse_json
 
 RawRow = Mapping[str, Any]
 
@@ -214,8 +214,8 @@ def _decoded(value: Any, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return parse_json(value)
+    except ValueError:
         raise DataError(f"`{column}` is text that is not JSON") from None
 
 
@@ -248,7 +248,8 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
         raise DataError(f"`tools` is {kind(tools)}, not a list of functions")
     tools = [_decoded(tool, "tools") for tool in tools]
     for tool in tools:
-        if not isinstance(tool, dict) or not ("function" in tool or "name" in tool):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError('`tools` holds something that is not {"type": "function", "function": {"name", ...}}')
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
 
@@ -271,6 +272,8 @@ def _message(item: Any, number: int) -> dict[str, Any]:
     if role is None:
         given = f"the unknown role {name!r}" if name is not None else "no role"
         raise DataError(f"message {number} has {given}: use one of {', '.join(ROLES)}")
+    if content is not None and content_key == "value" and item.get("content") not in (None, content):
+        raise DataError(f"message {number} has both `value` and `content`, which differ: keep one of them")
     message = {"role": role, "content": content}
     if len(item) > 2 or content is None:
         message |= {k: v for k, v in item.items() if v is not None and k not in (role_key, content_key)}
@@ -340,7 +343,7 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
 def _parsed_object(text: str) -> dict[str, Any] | str:
     """Arguments as an object, as nearly all chat templates want them; text that is no JSON object stays what it is."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text

@@ -110,8 +110,8 @@ def template_text(name_or_path: str) -> str:
         return Path(os.path.expanduser(name_or_path)).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"chat_template: the file {name_or_path} is not UTF-8") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError: no path at all
         raise DataError(
             f"chat_template: {name_or_path!r} is none of {', '.join(BUILTIN_TEMPLATES)}, and no file can be read "
-            f"under that path ({error.strerror})"
+            f"under that path ({getattr(error, 'strerror', None) or error})"
         ) from None

@@ -14,6 +14,7 @@ Templates without a token that ends a turn: GLM stops on the header of whoever s
 which is then the end of the answer; plain text ends with the tokenizer's EOS, which is put behind the answer.
 """
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -22,10 +23,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from truetune.data.errors import DataError
+from truetune.data.limits import OutOfTime, limited
 from truetune.data.rows import Row
 from truetune.data.templates import BUILTIN_TEMPLATES
 
@@ -36,7 +38,7 @@ Segment = tuple[str, bool]  # text, supervised
 _REASONING_TAGS = (("<think>", "</think>", "\n\n"), ("<|channel>thought", "<channel|>", ""))
 _NOT_REASONED = re.compile(r"\s*(<think>\s*</think>|</think>|<\|channel>thought\s*<channel\|>|<channel\|>)")
 _QUESTION, _REPLY, _FOLLOW_UP = "first-question-7f3a", "reply-7f3a", "follow-up-7f3a"
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_CONVERSATIONS_A_CALL = 32  # that share the limit of time
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,12 @@ class TurnRenderer:
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         self._tokens = {token for token in added if token.strip()}
         self._token_lengths = sorted({len(token) for token in self._tokens}, reverse=True)
+        # What our calls say themselves, or would change what they give. A template may want `documents`.
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+        self._taken = {*arguments, "messages"} - {"documents", "kwargs"}
         self._content_in_parts = False
         self._terminators: set[str] = set()  # tokens that end a turn inside its own rendering
+        self._suffix: str | None = None  # what the template writes behind an answer where it ends it with no token
         self._stop: dict[str, str] | None = None  # or: role that speaks next -> the token its header begins with
         self._ignored: dict[str, bool] = {}  # "tools" or a role -> whether the template leaves it out
         self._learn()
@@ -102,6 +108,11 @@ class TurnRenderer:
 
     def _chat(self, row: Row) -> Chat:
         assert row.messages is not None
+        if taken := self._taken & row.template_kwargs.keys():
+            raise DataError(
+                f"{row.origin}: `chat_template_kwargs` sets {min(taken)}, which is no variable of a chat template but "
+                "decides how it is rendered: remove it"
+            )
         messages = [{key: value for key, value in message.items() if value is not None} for message in row.messages]
         for message in messages:
             message.setdefault("content", "")  # beside tool calls; many templates fail on a missing or a null one
@@ -119,7 +130,9 @@ class TurnRenderer:
         groups: dict[str, list[int]] = {}
         for number, (chat, _) in enumerate(jobs):
             row = chat.row
-            shared = json.dumps([row.tools, row.template_kwargs]) if row.tools or row.template_kwargs else ""
+            shared = (
+                json.dumps([row.tools, row.template_kwargs], default=repr) if row.tools or row.template_kwargs else ""
+            )
             groups.setdefault(shared, []).append(number)
         texts = [""] * len(jobs)
         for numbers in groups.values():
@@ -127,7 +140,7 @@ class TurnRenderer:
             batch = [jobs[number][1] for number in numbers]
             try:
                 rendered = self._apply(batch, row, generation_prompt)
-            except _TEMPLATE_FAILURES:
+            except Exception:  # a template is code of its own, and fails in its own ways
                 rendered = [self._render_alone(*jobs[number], generation_prompt) for number in numbers]
             for number, text in zip(numbers, rendered, strict=True):
                 texts[number] = text
@@ -136,11 +149,13 @@ class TurnRenderer:
     def _render_alone(self, chat: Chat, messages: list[Message], generation_prompt: bool = False) -> str:
         try:
             return self._apply([messages], chat.row, generation_prompt)[0]
-        except _TEMPLATE_FAILURES as error:
+        except DataError:
+            raise
+        except Exception as error:
             if any("tool_calls" in message for message in messages):
                 try:  # DeepSeek-V3 wants the arguments of a call as JSON text, all others as an object
                     return self._apply([list(map(_with_text_arguments, messages))], chat.row, generation_prompt)[0]
-                except _TEMPLATE_FAILURES:
+                except Exception:
                     pass
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
@@ -152,14 +167,28 @@ class TurnRenderer:
         if self._content_in_parts:
             conversations = [list(map(_with_parts, messages)) for messages in conversations]
         tools, kwargs = (row.tools, row.template_kwargs) if row is not None else (None, {})
-        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-            conversations,
-            tools=tools,  # type: ignore[arg-type]
-            chat_template=self.chat_template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **kwargs,
-        )
+        texts: list[str] = []
+        for first in range(0, len(conversations), _CONVERSATIONS_A_CALL):
+            try:
+                with limited():
+                    texts += self.tokenizer.apply_chat_template(
+                        conversations[first : first + _CONVERSATIONS_A_CALL],
+                        tools=tools,  # type: ignore[arg-type]
+                        chat_template=self.chat_template,
+                        add_generation_prompt=generation_prompt,
+                        tokenize=False,
+                        **kwargs,
+                    )
+            except (OutOfTime, MemoryError) as error:
+                what = "memory" if isinstance(error, MemoryError) else "time"
+                where = f"{row.origin}: " if row is not None and row.origin else ""
+                raise DataError(
+                    f"{where}the chat template takes far more {what} than rendering a conversation needs: mend it, or "
+                    "choose another with chat_template"
+                ) from None
+        for text in texts:
+            text.encode()  # a template can write half of a surrogate pair, which no tokenizer takes
+        return texts
 
     def _count_ignored(self, chat: Chat, counts: Counter[str]) -> None:
         """Counts rows of which the template leaves out the tools, or all messages of a role."""
@@ -179,7 +208,7 @@ class TurnRenderer:
     def _turn(self, chat: Chat, i: int, prompt: str, whole: str, counts: Counter[str]) -> Turn | None:
         message = chat.messages[i]
         if chat.prefill is not None and i == chat.first_supervised:
-            prompt = self._prefilled(chat, i)
+            prompt = self._prefilled(chat, i, whole)
         answer = _behind(prompt, whole, message)
         reasoning = _reasoning(message)
         lost = reasoning and reasoning in whole and (answer is None or reasoning not in answer)
@@ -191,7 +220,7 @@ class TurnRenderer:
         if answer is None:
             answer = self._answer_alone(chat, i, prompt, whole)
         answer, tail = self._terminated(chat, message, answer, counts)
-        if not answer:
+        if not answer or not self._is_written(chat, i, whole, answer):
             counts["turns_ignored"] += 1
             return None
         if any(call["function"]["name"] not in answer for call in message.get("tool_calls") or ()):
@@ -202,11 +231,23 @@ class TurnRenderer:
         counts["empty_think_supervised"] += _NOT_REASONED.match(answer) is not None
         return Turn(prompt, answer, tail)
 
-    def _prefilled(self, chat: Chat, i: int) -> str:
+    def _is_written(self, chat: Chat, i: int, whole: str, answer: str) -> bool:
+        """Whether what stands in the answer's place comes from the message at all."""
+        message = chat.messages[i]
+        content = _spoken(message)
+        if content in answer or message.get("tool_calls") or (chat.prefill is not None and i == chat.first_supervised):
+            return True
+        other = message | {"content": message["content"] + _REPLY}
+        return self._render_alone(chat, [*chat.messages[:i], other]) != whole
+
+    def _prefilled(self, chat: Chat, i: int, whole: str) -> str:
         """The prompt of a turn whose beginning is given: everything before the first character to be generated."""
         content, given = chat.messages[i]["content"], chat.prefill or ""
-        marked = chat.messages[i] | {"content": given + _REPLY + content[len(given) :]}
-        return self._render_alone(chat, [*chat.messages[:i], marked]).partition(_REPLY)[0]
+        mark = _REPLY
+        while mark in whole:  # the data may hold any text
+            mark += _REPLY
+        marked = chat.messages[i] | {"content": given + mark + content[len(given) :]}
+        return self._render_alone(chat, [*chat.messages[:i], marked]).partition(mark)[0]
 
     def _answer_alone(self, chat: Chat, i: int, prompt: str, whole: str) -> str:
         """The answer where the turn changes how its own history is rendered (gpt-oss drops the thinking before earlier
@@ -234,11 +275,31 @@ class TurnRenderer:
                 for start, end in tokens:
                     if text[start:end] in known:
                         return text[:end], text[end:]
+            behind = self._first_terminator(text, message)
+            if behind is not None:
+                return text[:behind], text[behind:]
             if tokens:  # tool calls end with a token of their own: the last before any white space
                 end = next((end for (_, end), (start, _) in pairwise(tokens) if end != start), tokens[-1][1])
                 return text[:end], text[end:]
         text = text.rstrip()
+        content = _spoken(message)
+        if self._suffix is not None and content and content in text and not message.get("tool_calls"):
+            more = text.rpartition(content)[2].strip()
+            if more not in ("", self._suffix):
+                raise DataError(
+                    f"{chat.row.origin}: the chat template writes {more[:40]!r} behind an answer, and no token that "
+                    "ends it: choose another template with chat_template"
+                )
         return text + self._stop_text(chat, message, counts) if text else "", ""
+
+    def _first_terminator(self, text: str, message: Message) -> int | None:
+        """The end of the first terminator behind the message's content: what follows it is never generated."""
+        content = _spoken(message)
+        if not content or content not in text or message.get("tool_calls"):
+            return None
+        start = text.rindex(content) + len(content)
+        ends = [place + len(end) for end in self._terminators if (place := text.find(end, start)) >= 0]
+        return min(ends, default=None)
 
     def _stop_text(self, chat: Chat, message: Message, counts: Counter[str]) -> str:
         """What ends an answer that the template ends with nothing."""
@@ -267,13 +328,22 @@ class TurnRenderer:
                 )
             except TemplateSyntaxError as error:
                 raise DataError(f"the chat template is no valid Jinja (line {error.lineno}: {error.message})") from None
-            except _TEMPLATE_FAILURES:
+            except DataError:
+                raise
+            except Exception:
                 continue
             if _QUESTION in last and _REPLY in last and _FOLLOW_UP in followed:
                 break
         else:
             self._content_in_parts = False
             return
+        if not (
+            followed.rfind(_QUESTION) < followed.find(_REPLY) <= followed.rfind(_REPLY) < followed.find(_FOLLOW_UP)
+        ):
+            raise DataError(
+                "the chat template does not write messages in their order, each once, so that nothing says which "
+                "answer follows from what: choose another with chat_template"
+            )
         last = last.rpartition(_REPLY)[2]
         followed = followed.rpartition(_REPLY)[2].partition(_FOLLOW_UP)[0]
         # phi3 puts EOS behind the last turn's <|end|>: a turn ends where the last one and an earlier one still agree.
@@ -285,6 +355,7 @@ class TurnRenderer:
             self._terminators = {last[start:end]}
         else:
             self._stop = {"user": self._token_at_start(followed)}
+            self._suffix = last.strip()
 
     def _tokens_at_end(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of the added tokens that `text` ends with; nothing but white space stands among them."""
@@ -363,6 +434,11 @@ def _reasoning(message: Message) -> str:
         content = message["content"]
         reasoning = content.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in content else ""
     return reasoning.strip()
+
+
+def _spoken(message: Message) -> str:
+    """The content without the reasoning before it and the white space round it, which templates leave out."""
+    return str(message["content"]).rpartition("</think>")[2].strip()
 
 
 def _with_kwargs(chat: Chat, **kwargs: Any) -> Chat:

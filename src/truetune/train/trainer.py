@@ -90,6 +90,9 @@ class SFTTrainer(trl.SFTTrainer):
 
     # -- setting up
 
+    def _send_telemetry(self) -> None:
+        """TRL's report to the Hub about the run, which is not sent."""
+
     def _refuse_own_settings(self) -> None:
         asked = [name for name in _RATES if own_setting(self.args, name) is not None]
         if asked and "stock_trl" not in own_setting(self.args, "allow"):
