@@ -15,6 +15,7 @@ import torch
 import trl
 from peft import PeftModel
 from rich.console import Console
+from transformers.trainer_utils import has_length
 
 from truetune.data.collate import UnpaddingCollator, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
@@ -32,6 +33,7 @@ from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.report import TrainReport
 
 logger = logging.getLogger(__name__)
+_ROWS_KEPT = "it holds no token, or its loader keeps rows (predictions, evaluation streams, loaders of your own)"
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
 
 
@@ -235,22 +237,31 @@ class SFTTrainer(trl.SFTTrainer):
 
     @contextmanager
     def _unpadding(self, wanted: bool) -> Iterator[None]:
-        """The current collator wrapped while a data loader is built; the attribute stays the user's."""
-        collator = self.data_collator
+        """The current collator wrapped while a data loader is built; the attribute stays the user's.
+
+        Each rank reads its own rows: Accelerate's dispatch, its default for streams, would cut a batch's tensors into
+        slices along their first dimension, which is no longer that of the rows.
+        """
+        collator, loaders = self.data_collator, self.accelerator.dataloader_config
+        dispatch = loaders.dispatch_batches
         if wanted and self._ours and self._unpadding_off is None:
-            self.data_collator = UnpaddingCollator(collator)
+            self.data_collator, loaders.dispatch_batches = UnpaddingCollator(collator), False
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator, loaders.dispatch_batches = collator, dispatch
 
     def get_train_dataloader(self):
         with self._unpadding(wanted=True):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # Metrics computed from logits get them in the shape of the user's own batches.
-        with self._unpadding(wanted=self.compute_metrics is None or self.args.prediction_loss_only):
+        # Metrics computed from logits get them in the shape of the user's own batches. Of a stream, Transformers counts
+        # the rows by the first dimension of its batches, and weighs the losses of batches by that.
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        counted_by_batch = not has_length(dataset) and not self.padding_free
+        with self._unpadding(wanted=not self.evaluates_with_logits() and not counted_by_batch):
             return super().get_eval_dataloader(eval_dataset)
 
     # -- loss
@@ -319,7 +330,7 @@ class SFTTrainer(trl.SFTTrainer):
             self.report.packed_batches += 1
             return
         self.report.padded_batches += 1
-        reason = self._unpadding_off or why_padded(inputs) or "the batch holds no token"
+        reason = self._unpadding_off or why_padded(inputs) or _ROWS_KEPT
         if reason not in self.report.padded_because:
             logger.warning("A batch stays padded: %s.", reason.rstrip("."))
         self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1
