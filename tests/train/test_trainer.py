@@ -7,11 +7,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from pairs import line, llama, losses
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, LlamaForCausalLM, TrainingArguments
 
 import truetune
+from pairs import line, llama, losses
 from truetune.train import trainer as trainer_module
 from truetune.train.errors import TrainError
 
