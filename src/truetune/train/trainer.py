@@ -17,7 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers.trainer_utils import has_length
 
-from truetune.data.collate import UnpaddingCollator, why_padded
+from truetune.data.collate import UnpaddingCollator, remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
@@ -258,19 +258,32 @@ class SFTTrainer(trl.SFTTrainer):
     def get_eval_dataloader(self, eval_dataset=None):
         # Metrics computed from logits get them in the shape of the user's own batches. Of a stream, Transformers counts
         # the rows by the first dimension of its batches, and weighs the losses of batches by that.
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        dataset: Any = self.eval_dataset
+        if eval_dataset is not None:
+            dataset = dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         counted_by_batch = not has_length(dataset) and not self.padding_free
         with self._unpadding(wanted=not self.evaluates_with_logits() and not counted_by_batch):
             return super().get_eval_dataloader(eval_dataset)
 
     # -- loss
 
+    # Scripts change labels anywhere between here and `compute_loss`, and the rows of the loss must follow.
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            remember_labels(batch)
+        return batches, num_items
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        remember_labels(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._ours or return_outputs or self.compute_loss_func is not None:
             inputs.pop("loss_rows", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
+        renew_loss_rows(inputs)
         self._count_batch(inputs)
         attention_before = attention_calls.copy()
         outputs = self.fused_outputs(model, inputs, num_items_in_batch)
@@ -319,10 +332,14 @@ class SFTTrainer(trl.SFTTrainer):
             values = sums.pop()
             if mode == "train":
                 self._total_train_tokens += int(sum(values.get("num_tokens", [])))
+            metrics = self._metrics[mode]
+            of_a_subclass = [name for name in metrics if name not in values]
             for name, of_micro_batches in values.items():
-                self._metrics[mode][name].extend(of_micro_batches)
-            if "num_tokens" in self._metrics[mode]:  # TRL logs the means of all others
-                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+                metrics[name].extend(of_micro_batches)
+            for name in of_a_subclass:  # behind TRL's, where it put them
+                metrics[name] = metrics.pop(name)
+            if "num_tokens" in metrics:  # TRL logs the means of all others
+                metrics["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def _count_batch(self, inputs: dict[str, Any]) -> None:
