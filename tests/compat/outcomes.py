@@ -147,7 +147,7 @@ def assert_same_ending(ours: Outcome, theirs: Outcome) -> None:
 def assert_same_run(ours: Outcome, theirs: Outcome) -> None:
     """The same ending, prepared rows, logs, and state of trainer, tokenizer and model configuration."""
     assert_same_ending(ours, theirs)
-    assert theirs.error is None
+    assert theirs.error is None, f"TRL fails in {theirs.at}: {theirs.error}"
     a, b = ours.trainer, theirs.trainer
     assert contents(a.train_dataset) == contents(b.train_dataset)
     assert contents(a.eval_dataset) == contents(b.eval_dataset)
