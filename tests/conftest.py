@@ -1,4 +1,4 @@
-"""Shared fixtures: real text, a real byte-level BPE tokenizer, small models of real classes."""
+"""Shared fixtures: real text, a real byte-level BPE tokenizer, and `make`: our trainer, or it and stock TRL's."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1" if not os.path.exists("/dev/nvidiactl") else "0")
 
 import json
+import types
 from importlib.metadata import version
 
 import pytest
@@ -54,3 +55,57 @@ def tokenizer(_trained_tokenizer):
     import copy
 
     return copy.deepcopy(_trained_tokenizer)
+
+
+# -- data sets and trainers; TRL is imported by those who use them
+
+
+@pytest.fixture
+def rows(gsm8k_rows):
+    return [row for row in gsm8k_rows if len(row["question"]) + len(row["answer"]) < 300][:24]
+
+
+@pytest.fixture
+def data(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in rows])
+
+
+@pytest.fixture
+def chats(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": row["answer"]},
+                ]
+            }
+            for row in rows
+        ]
+    )
+
+
+@pytest.fixture
+def make(tokenizer, data, tmp_path):
+    """make(config fields, trainer arguments...) -> (our trainer, stock TRL's), on equal models."""
+    import trl
+
+    import truetune
+    from pairs import SETTINGS, llama
+
+    def make(fields=None, *, both=False, model=llama, peft=None, **keywords):
+        settings = {**SETTINGS, "output_dir": str(tmp_path), **(fields or {})}
+        arguments = {"train_dataset": data, "processing_class": tokenizer, **keywords}
+        trainers = []
+        for library in [truetune, trl] if both else [truetune]:
+            made = model(tokenizer) if isinstance(model, types.FunctionType) else model
+            trainers.append(
+                library.SFTTrainer(model=made, args=library.SFTConfig(**settings), peft_config=peft, **arguments)
+            )
+        return trainers if both else trainers[0]
+
+    return make

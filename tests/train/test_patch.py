@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+
 from pairs import llama
 
 RUN_SCRIPT = "import sys; from truetune.train.patch import run_script; run_script(sys.argv[1:])"

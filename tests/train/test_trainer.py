@@ -7,70 +7,20 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from pairs import line, llama, losses
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, LlamaForCausalLM, TrainingArguments
 
 import truetune
+from pairs import line, llama, losses
 from truetune.train import trainer as trainer_module
 from truetune.train.errors import TrainError
 
-# -- options of TRL's that keep their meaning
-
-
-OPTIONS = {
-    "completion_only_loss off": ({"completion_only_loss": False}, {}),
-    "assistant_only_loss": ({"assistant_only_loss": True}, {"train_dataset": "chats"}),
-    "messages": ({}, {"train_dataset": "chats"}),
-    "wrapped": ({"packing": True, "packing_strategy": "wrapped", "max_length": 64}, {}),
-    "bfd_split": ({"packing": True, "packing_strategy": "bfd_split", "max_length": 40}, {}),
-    "keep_end": ({"truncation_mode": "keep_end", "max_length": 48}, {}),
-    "pad_to_multiple_of": ({"pad_to_multiple_of": 32}, {}),
-    "label smoothing": ({"label_smoothing_factor": 0.1}, {}),
-    "label smoothing, dft": ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, {}),
-    "no average over devices": ({"average_tokens_across_devices": False}, {}),
-    "formatting_func": ({}, {"formatting_func": lambda row: row["prompt"] + row["completion"]}),
-    "eval packing": ({"packing": True, "eval_packing": False, "eval_strategy": "steps", "eval_steps": 1}, {}),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_trls_options_mean_what_they_mean_there(name, make, data, chats, request):
-    fields, keywords = OPTIONS[name]
-    keywords = {key: chats if value == "chats" else value for key, value in keywords.items()}
-    if "eval_strategy" in fields:
-        keywords["eval_dataset"] = data
-    if name == "formatting_func":
-        keywords["train_dataset"] = data
-        fields = {**fields, "completion_only_loss": False}
-    if name == "assistant_only_loss":
-        training = (
-            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-            "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
-            "{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-        )
-        request.getfixturevalue("tokenizer").chat_template = training
-    ours, theirs = make(fields, both=True, **keywords)
-    for trainer in (ours, theirs):
-        trainer.train()
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    assert len(losses(ours)) == 2
-    assert ours.report.fused_losses > 0 and ours.report.padded_batches == 0
-    keys = [key for entry in theirs.state.log_history for key in entry]
-    assert [key for entry in ours.state.log_history for key in entry] == keys
+# -- options of TRL's that keep their meaning: tests/compat compares them all with TRL
 
 
 def test_the_leak_of_wrapped_packing_is_said(make):
     trainer = make({"packing": True, "packing_strategy": "wrapped"})
     assert "see each other" in line(trainer, "batches").why
-
-
-def test_a_streaming_data_set_trains(make, data):
-    ours, theirs = make(both=True, train_dataset=data.to_iterable_dataset())
-    for trainer in (ours, theirs):
-        trainer.train()
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    assert ours.report.packed_batches == 2
 
 
 def test_a_model_named_by_its_directory_is_loaded_in_fp32(make, tokenizer, tmp_path):

@@ -48,6 +48,24 @@ def loss_rows(labels: torch.Tensor) -> torch.Tensor:
     return (next_BS.flatten() != IGNORE_INDEX).nonzero().flatten()
 
 
+def remember_labels(batch: Mapping[str, Any]) -> None:
+    """Ties a batch's `loss_rows` to the labels that they were found in."""
+    if "loss_rows" in batch:
+        batch["loss_rows"].found_in = (batch["labels"], _version(batch["labels"]))
+
+
+def renew_loss_rows(batch: dict[str, Any]) -> None:
+    """Finds the rows again where `labels` are no longer those of `remember_labels`: the device is asked how many."""
+    labels, version = getattr(batch.get("loss_rows"), "found_in", (None, 0))
+    if labels is not None and (labels is not batch["labels"] or _version(labels) != version):
+        batch["loss_rows"] = loss_rows(batch["labels"])
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """The number of writes to it so far, where torch counts them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def why_padded(batch: Mapping[str, Any]) -> str | None:
     """Why a batch must reach the model as its collator made it, or None: it is packed, or can be unpadded."""
     ids, labels = batch.get("input_ids"), batch.get("labels")

@@ -17,8 +17,9 @@ import torch
 import trl
 from peft import PeftModel
 from rich.console import Console
+from transformers.trainer_utils import has_length
 
-from truetune.data.collate import UnpaddingCollator, why_padded
+from truetune.data.collate import UnpaddingCollator, remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
@@ -46,6 +47,7 @@ from truetune.train.report import TrainReport
 logger = logging.getLogger(__name__)
 FIRST_ROWS = 8
 AUDITED_ROWS = 1000  # by the quick preflight
+_ROWS_KEPT = "it holds no token, or its loader keeps rows (predictions, evaluation streams, loaders of your own)"
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
 
 
@@ -306,31 +308,53 @@ class SFTTrainer(trl.SFTTrainer):
 
     @contextmanager
     def _unpadding(self, wanted: bool) -> Iterator[None]:
-        """The current collator wrapped while a data loader is built; the attribute stays the user's."""
-        collator = self.data_collator
+        """The current collator wrapped while a data loader is built; the attribute stays the user's.
+
+        Each rank reads its own rows: Accelerate's dispatch, its default for streams, would cut a batch's tensors into
+        slices along their first dimension, which is no longer that of the rows.
+        """
+        collator, loaders = self.data_collator, self.accelerator.dataloader_config
+        dispatch = loaders.dispatch_batches
         if wanted and self._ours and self._unpadding_off is None:
-            self.data_collator = UnpaddingCollator(collator)
+            self.data_collator, loaders.dispatch_batches = UnpaddingCollator(collator), False
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator, loaders.dispatch_batches = collator, dispatch
 
     def get_train_dataloader(self):
         with self._unpadding(wanted=True):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # Metrics computed from logits get them in the shape of the user's own batches.
-        with self._unpadding(wanted=self.compute_metrics is None or self.args.prediction_loss_only):
+        # Metrics computed from logits get them in the shape of the user's own batches. Of a stream, Transformers counts
+        # the rows by the first dimension of its batches, and weighs the losses of batches by that.
+        dataset: Any = self.eval_dataset
+        if eval_dataset is not None:
+            dataset = dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        counted_by_batch = not has_length(dataset) and not self.padding_free
+        with self._unpadding(wanted=not self.evaluates_with_logits() and not counted_by_batch):
             return super().get_eval_dataloader(eval_dataset)
 
     # -- loss
+
+    # Scripts change labels anywhere between here and `compute_loss`, and the rows of the loss must follow.
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            remember_labels(batch)
+        return batches, num_items
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        remember_labels(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._ours or return_outputs or self.compute_loss_func is not None:
             inputs.pop("loss_rows", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
+        renew_loss_rows(inputs)
         self._count_batch(inputs)
         if mode == "train":
             self.proving.see(inputs)
@@ -381,14 +405,20 @@ class SFTTrainer(trl.SFTTrainer):
             values = sums.pop()
             if mode == "train":
                 self._total_train_tokens += int(sum(values.get("num_tokens", [])))
+            metrics = self._metrics[mode]
+            of_a_subclass = [name for name in metrics if name not in values]
             for name, of_micro_batches in values.items():
-                self._metrics[mode][name].extend(of_micro_batches)
-            if "num_tokens" in self._metrics[mode]:  # TRL logs the means of all others
-                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+                metrics[name].extend(of_micro_batches)
+            for name in of_a_subclass:  # behind TRL's, where it put them
+                metrics[name] = metrics.pop(name)
+            if "num_tokens" in metrics:  # TRL logs the means of all others
+                metrics["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Transformers' counts the parameters of every module in every step: 8 ms for an adapter on 32 layers.
+        if "input_ids" not in inputs:
+            return super().floating_point_ops(inputs)
         if self._parameters_counted is None:
             self._parameters_counted = super().floating_point_ops(inputs) // max(1, inputs["input_ids"].numel())
         return self._parameters_counted * inputs["input_ids"].numel()
@@ -398,7 +428,7 @@ class SFTTrainer(trl.SFTTrainer):
             self.report.packed_batches += 1
             return
         self.report.padded_batches += 1
-        reason = self._unpadding_off or why_padded(inputs) or "the batch holds no token"
+        reason = self._unpadding_off or why_padded(inputs) or _ROWS_KEPT
         if reason not in self.report.padded_because:
             logger.warning("A batch stays padded: %s.", reason.rstrip("."))
         self.report.padded_because[reason] = self.report.padded_because.get(reason, 0) + 1

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import trl
-from pairs import assert_same_metrics, llama, losses, train_alike
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import truetune
+from pairs import assert_same_metrics, llama, losses, train_alike
 
 BATCHES = {
     "padded": {},

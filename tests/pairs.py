@@ -4,6 +4,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "max_length": 96,
+}
 _OF_THE_CLOCK = ("runtime", "per_second", "preparation_time", "total_flos")
 
 
