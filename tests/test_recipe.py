@@ -500,3 +500,11 @@ def test_text_that_looks_like_something_else_reads_back_as_itself(written):
 
 def test_a_source_can_be_added_where_there_was_a_share():
     assert load("eval_data=0.05", "eval_data.0.path=held.jsonl").eval_data[0].path == "held.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("revision", "revision"), ("trust_remote_code", "training.trust_remote_code")]
+)
+def test_what_has_a_key_of_its_own_is_no_argument_of_the_model(name, key):
+    with pytest.raises(RecipeError, match=rf"model_init_kwargs\.{name}` is set by a key of its own: use `{key}`"):
+        load_recipe(None, ["model=builtin:demo", "data=builtin:demo", f"training.model_init_kwargs.{name}=true"])

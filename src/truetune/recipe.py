@@ -321,3 +321,7 @@ def _check_other_paths(recipe: Recipe) -> None:
                 f"`training.model_init_kwargs.{name}` would be written outside `output_dir`: remove it (HF_HOME says "
                 "where downloads go)."
             )
+    for name in ("revision", "trust_remote_code"):
+        if isinstance(given, dict) and name in given:
+            key = name if name == "revision" else f"training.{name}"
+            raise RecipeError(f"`training.model_init_kwargs.{name}` is set by a key of its own: use `{key}` instead.")

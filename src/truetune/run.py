@@ -248,7 +248,7 @@ def _fit(
         trainer.add_callback(callback)
 
     if checkpoint is not None:
-        console.print(f"Going on from {checkpoint}")
+        console.print(f"Going on from {checkpoint}", markup=False)
         trainer.args.eval_on_start = False  # it was done
     elif record["resumed_from"]:
         console.print("Going on from the start: no checkpoint had been reached")

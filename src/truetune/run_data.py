@@ -156,7 +156,7 @@ def make_plan(recipe: Recipe, data: Prepared | DocumentStream, args: SFTConfig) 
 def print_plan(console: Console, recipe: Recipe, data: Prepared | DocumentStream, plan: Plan) -> None:
     """What was read, what is trained of it, and how many steps that makes; a warning where they are few."""
     for source, shape in data.shapes.items():
-        console.print(f"{source}: {shape}", highlight=False)
+        console.print(f"{source}: {shape}", highlight=False, markup=False)
     unit = f"packs of {recipe.max_length:,} tokens" if recipe.packing else "documents, not packed"
     if isinstance(data, DocumentStream):
         console.print(

@@ -124,7 +124,8 @@ def print_next(console: Console, recipe: Recipe, tokenizer: PreTrainedTokenizerB
     path = Path(recipe.output_dir)
     if interrupted:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-        console.print(f"Stopped, with a checkpoint in {last_checkpoint(path)}. Go on with\n", highlight=False)
+        stopped = f"Stopped, with a checkpoint in {last_checkpoint(path)}. Go on with\n"
+        console.print(stopped, highlight=False, markup=False)
         console.print(shlex.join(["truetune", *words, "--resume"]), soft_wrap=True, highlight=False, markup=False)
         return
     is_adapter = recipe.method != "full"
@@ -136,6 +137,7 @@ def print_next(console: Console, recipe: Recipe, tokenizer: PreTrainedTokenizerB
     )
     what = "The adapter" if is_adapter else "The model"
     console.print(
-        f"{what} and its tokenizer are in {path}, with recipe.yaml, metrics.jsonl and run.json. Use it with\n"
+        f"{what} and its tokenizer are in {path}, with recipe.yaml, metrics.jsonl and run.json. Use it with\n",
+        markup=False,
     )
     console.print(use, soft_wrap=True, highlight=False, markup=False)

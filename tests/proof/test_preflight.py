@@ -1,13 +1,16 @@
 """What a sound run shows, and that looking at it changes nothing."""
 
 import copy
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from truetune.proof.errors import ProofError
+from truetune.proof.result import Check, Proof
 
 FAMILIES = {
     "llama": {},
@@ -107,3 +110,10 @@ def test_a_failure_stops_the_run_and_is_accepted_by_its_name(make, tokenizer):
     trainer = make(rows=rows, preflight="full", allow=["turn_ends"])
     trainer.train()
     assert {check.verdict for check in trainer.proof.checks if check.name == "turn ends"} == {"warn"}
+
+
+def test_tokens_that_look_like_markup_are_shown_as_they_are():
+    table = Proof([Check("turn ends", "others with '[/INST]'", "[bold]", "pass")]).table()
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    assert "'[/INST]'" in (shown := console.export_text()) and "[bold]" in shown

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -50,7 +51,8 @@ class Proof:
             table.add_column(column, overflow="fold")
         for check in self.checks:
             style = STYLES[check.verdict]
-            table.add_row(check.name, check.seen, check.limit, f"[{style}]{check.verdict}[/{style}]")
+            texts = (escape(text) for text in (check.name, check.seen, check.limit))  # a token may be [/INST]
+            table.add_row(*texts, f"[{style}]{check.verdict}[/{style}]")
         return table
 
     def warnings(self) -> list[str]:
