@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from peft import LoHaConfig, PromptTuningConfig, VeraConfig
 
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.storage import check_disk
@@ -68,3 +69,26 @@ def test_data_that_cannot_be_collated_warns(make, verdicts, monkeypatch):
 
     monkeypatch.setattr(trainer, "first_batch", broken)
     assert verdicts(trainer.preflight())["first documents"] == "warn"
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [VeraConfig(target_modules=["q_proj", "o_proj"]), LoHaConfig(r=4, target_modules=["q_proj", "down_proj"])],
+    ids=["vera", "loha"],
+)
+def test_one_step_of_an_adapter_that_begins_at_zero_is_no_failure(make, adapter):
+    trainer = make(adapter=adapter, preflight="quick", max_steps=1)
+    trainer.train()
+    assert {check.verdict for check in trainer.proof.checks if check.name == "trained tensors"} == {"pass"}
+
+
+def test_parity_is_not_asked_of_prompt_learning(make, verdicts):
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert verdicts(make(adapter=adapter, packing=False).preflight())["reference parity"] == "skip"
+
+
+def test_trying_the_export_leaves_the_configuration_alone(make):
+    trainer = make(lora=False, preflight="full")
+    before = trainer.model.config.to_dict()
+    trainer.preflight()
+    assert trainer.model.config.to_dict() == before

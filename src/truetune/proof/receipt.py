@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from truetune.proof.result import Check
 
 STEPS = 3  # with a learning rate; LoRA's A has a gradient from the second on
+BEHIND_ZEROS = ("lora_A", "lora_embedding_A", "vera_lambda_d", "hada_w1_", "hada_w2_b", "lokr_w2")
 KEPT = 64  # elements of a frozen tensor
 SAMPLED = 4096  # elements of a trained tensor in half precision
 MOST_ROUNDED_AWAY = 0.5
@@ -123,17 +124,15 @@ class LearningReceipt(TrainerCallback):
 
     def _trained(self) -> Check:
         without = [name for name in self.trained if name not in self.had_gradient | self.not_finite]
-        if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A
-            without = [name for name in without if "lora_A" not in name and "lora_embedding_A" not in name]
+        if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A; LoHa, VeRA alike
+            without = [name for name in without if not any(part in name for part in BEHIND_ZEROS)]
         # Tokens that were added may stand in later rows.
         without = [name for name in without if "trainable_tokens_delta" not in name]
         unmoved = self.had_gradient - self.moved - self._in_half() - self.may_round_away
         bad = {
             "a gradient that is not finite": sorted(self.not_finite),
             "no gradient": without,
-            "a gradient that did not move them": sorted(
-                self.had_gradient - self.moved - self._in_half() - self.may_round_away
-            ),
+            "a gradient that did not move them": sorted(unmoved),
         }
         found = "".join(f"; {len(names):,} with {what} ({names[0]}, ...)" for what, names in bad.items() if names)
         return Check(

@@ -23,8 +23,14 @@ def check_export(model: Any) -> Check:
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > MOST_BYTES:
         return Check(name, f"not tried: {size / 2**30:.1f} GiB to write", limit, "skip")
+    config = vars(model.config)
+    had = dict(config)
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+        finally:  # saving writes dtype and architectures into it
+            config.clear()
+            config.update(had)
         read: dict[str, Tensor] = {}
         for file in Path(directory).glob("*.safetensors"):
             read |= load_file(file)
