@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from peft import LoHaConfig, PromptTuningConfig, VeraConfig
+from peft import AdaLoraConfig, LoHaConfig, PromptTuningConfig, VeraConfig
 
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.storage import check_disk
@@ -92,3 +92,9 @@ def test_trying_the_export_leaves_the_configuration_alone(make):
     before = trainer.model.config.to_dict()
     trainer.preflight()
     assert trainer.model.config.to_dict() == before
+
+
+def test_adalora_trains(make, verdicts):
+    trainer = make(adapter=AdaLoraConfig(r=4, target_modules=["q_proj", "down_proj"], total_step=10))
+    trainer.train()
+    assert verdicts(trainer.proof)["trained tensors"] == "pass"

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from truetune.proof.result import Check
 
 STEPS = 3  # with a learning rate; LoRA's A has a gradient from the second on
-BEHIND_ZEROS = ("lora_A", "lora_embedding_A", "vera_lambda_d", "hada_w1_", "hada_w2_b", "lokr_w2")
+BEHIND_ZEROS = ("lora_A", "lora_embedding_A", "vera_lambda_d", "hada_w1_", "hada_w2_a", "lokr_w2")
 KEPT = 64  # elements of a frozen tensor
 SAMPLED = 4096  # elements of a trained tensor in half precision
 MOST_ROUNDED_AWAY = 0.5
