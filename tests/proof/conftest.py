@@ -16,9 +16,9 @@ SIZES = {
 
 @pytest.fixture
 def make(tokenizer, gsm8k_rows, tmp_path):
-    """make(model_type, lora=True, sizes={}, rows=None, **fields of SFTConfig) -> trainer"""
+    """make(model_type, lora=True, adapter=None, sizes={}, rows=None, **fields of SFTConfig) -> trainer"""
 
-    def make(model_type="llama", *, lora=True, sizes=None, rows=None, callbacks=None, **fields):
+    def make(model_type="llama", *, lora=True, adapter=None, sizes=None, rows=None, callbacks=None, **fields):
         torch.manual_seed(0)
         tokens = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
         config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **tokens, **{**SIZES, **(sizes or {})})
@@ -30,7 +30,8 @@ def make(tokenizer, gsm8k_rows, tmp_path):
             "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
             "max_length": 256, "learning_rate": 1e-3, "packing": True,
         }  # fmt: skip
-        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]) if lora else None
+        if adapter is None and lora:
+            adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
         return SFTTrainer(
             model=model, args=SFTConfig(**{**settings, **fields}), train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,

@@ -177,7 +177,9 @@ def _read_linear(module: Any, compute: torch.dtype, made: bool) -> _LinearShape:
     rank = 0
     if isinstance(module, LoraLayer):
         adapters: Any = module.lora_A
-        rank = sum(adapters[name].weight.shape[0] for name in module.active_adapters if name in adapters)
+        # AdaLoRA's are parameters, and no linears.
+        matrices = [adapters[name] for name in module.active_adapters if name in adapters]
+        rank = sum(getattr(matrix, "weight", matrix).shape[0] for matrix in matrices)
         module = module.base_layer
     weight = module.weight
     half = type(module) is nn.Linear and weight.dtype == compute  # FP8's are multiplied as they are

@@ -9,7 +9,7 @@ import torch
 
 from truetune.proof.effect import check_parts, check_targets, check_weights
 from truetune.proof.errors import ProofError
-from truetune.proof.excerpt import documents_of, excerpt
+from truetune.proof.excerpt import Document, documents_of, excerpt
 from truetune.proof.leaks import check_leaks
 from truetune.proof.parity import check_parity
 from truetune.proof.result import Check, Proof, accepted, failure
@@ -58,8 +58,13 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Pro
     run("parts", lambda: check_parts(trainer))
     run("supervised tokens", lambda: _audit(trainer, level, limits))
     if not trainer.report.stock:
-        batch = trainer.first_batch()
-        some = excerpt([] if batch is None else documents_of(batch), EXCERPT[level], DOCUMENTS)
+        some: list[Document] = []
+
+        def first_documents() -> None:
+            batch = trainer.first_batch()
+            some.extend(excerpt([] if batch is None else documents_of(batch), EXCERPT[level], DOCUMENTS))
+
+        run("first documents", first_documents)
         run("leak probe", lambda: check_leaks(trainer, some))
         run("reference parity", lambda: check_parity(trainer, some))
     run("disk", lambda: check_disk(trainer))

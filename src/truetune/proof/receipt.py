@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from truetune.proof.result import Check
 
 STEPS = 3  # with a learning rate; LoRA's A has a gradient from the second on
+BEHIND_ZEROS = ("lora_A", "lora_embedding_A", "vera_lambda_d", "hada_w1_", "hada_w2_a", "lokr_w2")
 KEPT = 64  # elements of a frozen tensor
 SAMPLED = 4096  # elements of a trained tensor in half precision
 MOST_ROUNDED_AWAY = 0.5
@@ -32,11 +33,15 @@ class LearningReceipt(TrainerCallback):
         self.had_gradient: set[str] = set()
         self.moved: set[str] = set()
         self.not_finite: set[str] = set()
+        self.may_round_away: set[str] = set()
         self.rounded_away = self.sampled = 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.learning = optimizer is not None and any(group["lr"] > 0 for group in optimizer.param_groups)
+        self.rates: dict[str, float | Tensor | None] = {}
+        # A rate of None is one that the optimizer finds by itself.
+        groups = [] if optimizer is None else optimizer.param_groups
+        self.learning = any(group["lr"] is None or group["lr"] > 0 for group in groups)
         if self.finished or not self.learning:
             return
         gradients = {name: p.grad.detach().flatten() for name, p in self.trained.items() if p.grad is not None}
@@ -45,6 +50,10 @@ class LearningReceipt(TrainerCallback):
             return
         values = torch.stack([value.float() for value, _ in largest.values()])
         finite, positive = values.isfinite().tolist(), (values > 0).tolist()
+        if args.fp16 and not all(finite):  # its scaler tries a scale that overflows, and skips the step
+            self.learning = False
+            return
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
         for (name, (_, index)), is_finite, is_positive in zip(largest.items(), finite, positive, strict=True):
             if not is_finite:
                 self.not_finite.add(name)
@@ -52,14 +61,21 @@ class LearningReceipt(TrainerCallback):
                 self.had_gradient.add(name)
                 value = self.trained[name].detach().flatten()
                 self.before[name] = index, value[index].clone(), _sample(value).clone()
+                self.rates[name] = rates.get(id(self.trained[name]))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.finished or not self.learning:
             return
-        moved = {}
+        moved, lost = {}, {}
         for name, (index, value, sample) in self.before.items():
             now, gradient = self.trained[name].detach().flatten(), self.trained[name].grad
             moved[name] = now[index] != value
+            rate = self.rates[name]
+            if rate is not None and gradient is not None:
+                # Adam moves by the rate at first, SGD by its product with the gradient: a warm-up's first rates are
+                # less than half a place of a norm's 1.0, even in fp32.
+                update = rate * gradient.detach().flatten()[index].abs().clamp(max=1.0)
+                lost[name] = update <= torch.finfo(now.dtype).eps * value.abs()
             if now.element_size() == 2 and gradient is not None:
                 touched, changed = _sample(gradient.detach().flatten()) != 0, _sample(now) != sample
                 moved[name] |= changed.any()
@@ -68,6 +84,9 @@ class LearningReceipt(TrainerCallback):
         if moved:
             flags = torch.stack(list(moved.values())).tolist()
             self.moved |= {name for name, flag in zip(moved, flags, strict=True) if flag}
+        if lost:
+            flags = torch.stack(list(lost.values())).tolist()
+            self.may_round_away |= {name for name, flag in zip(lost, flags, strict=True) if flag}
         self.steps += 1
         if self.steps == STEPS:
             self._finish()
@@ -105,14 +124,15 @@ class LearningReceipt(TrainerCallback):
 
     def _trained(self) -> Check:
         without = [name for name in self.trained if name not in self.had_gradient | self.not_finite]
-        if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A
-            without = [name for name in without if "lora_A" not in name and "lora_embedding_A" not in name]
+        if self.steps < 2:  # in the first step LoRA's B is zero, and so is every gradient of A; LoHa, VeRA alike
+            without = [name for name in without if not any(part in name for part in BEHIND_ZEROS)]
         # Tokens that were added may stand in later rows.
         without = [name for name in without if "trainable_tokens_delta" not in name]
+        unmoved = self.had_gradient - self.moved - self._in_half() - self.may_round_away
         bad = {
             "a gradient that is not finite": sorted(self.not_finite),
             "no gradient": without,
-            "a gradient that did not move them": sorted(self.had_gradient - self.moved - self._in_half()),
+            "a gradient that did not move them": sorted(unmoved),
         }
         found = "".join(f"; {len(names):,} with {what} ({names[0]}, ...)" for what, names in bad.items() if names)
         return Check(

@@ -1,5 +1,6 @@
 """What the run will write is tried before it: the adapter or the model, its way back, and the disk it needs."""
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,8 +23,14 @@ def check_export(model: Any) -> Check:
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > MOST_BYTES:
         return Check(name, f"not tried: {size / 2**30:.1f} GiB to write", limit, "skip")
+    config = vars(model.config)
+    had = dict(config)
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+        finally:  # saving writes dtype and architectures into it
+            config.clear()
+            config.update(had)
         read: dict[str, Tensor] = {}
         for file in Path(directory).glob("*.safetensors"):
             read |= load_file(file)
@@ -50,9 +57,8 @@ def check_disk(trainer: Any) -> Check:
     """Free disk against checkpoints and the result; an optimizer holds two fp32 averages at most."""
     args, trained = trainer.args, [p for p in trainer.model.parameters() if p.requires_grad]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _state(trainer.model).values())
-    optimizer = 8 * sum(parameter.numel() for parameter in trained)
-    saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-    kept = 0 if not saves else (args.save_total_limit or 5) + 1  # one more while the oldest is still there
+    optimizer = 0 if args.save_only_model else 8 * sum(parameter.numel() for parameter in trained)
+    kept = _checkpoints(args)
     needed = weights + kept * (weights + optimizer)
     place = next(path for path in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents)
                  if path.exists())  # fmt: skip
@@ -67,6 +73,20 @@ def check_disk(trainer: Any) -> Check:
         allow="disk" if low else "",
         details={"free": free, "needed": needed},
     )
+
+
+def _checkpoints(args: Any) -> int:
+    """The most that lie on disk at once, as far as the settings tell: `save_total_limit`, or five, and one more while
+    the oldest is still there; fewer where the run is too short for so many."""
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no":
+        return 0
+    kept = (args.save_total_limit or 5) + 1
+    if strategy == "steps" and args.max_steps > 0 and args.save_steps >= 1:
+        return min(kept, math.ceil(args.max_steps / args.save_steps))  # the last step saves too
+    if strategy == "epoch" and args.max_steps <= 0:
+        return min(kept, math.ceil(args.num_train_epochs))
+    return kept
 
 
 def _state(model: Any) -> dict[str, Tensor]:
