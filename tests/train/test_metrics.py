@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from pairs import llama
 
+from pairs import llama
 from truetune import SFTConfig
 from truetune.data.collate import collate_documents
 from truetune.train.metrics import nll_by_kind
