@@ -21,6 +21,7 @@ from truetune.proof.errors import ProofError
 logger = logging.getLogger(__name__)
 BATCH_FILE = "stopped_batch_{step}_{rank}.safetensors"
 KEPT_BATCHES = 256  # micro-batches since the last log
+KEPT_NAMES = ("input_ids", "labels", "position_ids", "attention_mask", "cu_seq_lens_q")
 HISTORY, ENOUGH = 64, 16  # logged losses that a spike is judged by
 SPIKE = 8.0  # times the usual deviation, and at least
 SPIKE_SHARE = 0.2  # of the usual loss
@@ -38,7 +39,7 @@ class Watch(TrainerCallback):
 
     def see(self, inputs: Mapping[str, Any]) -> None:
         """A micro-batch on its way into the model; it is referred to, and not copied."""
-        self.batches.append({name: value for name, value in inputs.items() if torch.is_tensor(value)})
+        self.batches.append({name: inputs[name] for name in KEPT_NAMES if torch.is_tensor(inputs.get(name))})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
