@@ -98,3 +98,35 @@ def test_adalora_trains(make, verdicts):
     trainer = make(adapter=AdaLoraConfig(r=4, target_modules=["q_proj", "down_proj"], total_step=10))
     trainer.train()
     assert verdicts(trainer.proof)["trained tensors"] == "pass"
+
+
+def test_a_receipt_that_breaks_says_so_and_stops_nothing(make, monkeypatch, caplog):
+    trainer = make(preflight="quick")
+    monkeypatch.setattr(LearningReceipt, "checks", lambda self: 1 / 0)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "receipt broke, which proves nothing" in caplog.text
+
+
+def test_frozen_fp8_weights_are_compared():
+    model = torch.nn.Linear(64, 64, bias=False)
+    weight = model.weight.detach().to(torch.float8_e4m3fn)
+    model.frozen = torch.nn.Parameter(weight, requires_grad=False)
+    found = []
+    watch, args = LearningReceipt(model, found.extend), types.SimpleNamespace(fp16=False)
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    watch.on_train_begin(args, None, None)
+    for _ in range(3):
+        model.weight.grad = torch.ones_like(model.weight)
+        watch.on_pre_optimizer_step(args, None, None, optimizer=optimizer)
+        optimizer.step()
+        watch.on_optimizer_step(args, None, None)
+    assert {check.name: check.verdict for check in found} == {"trained tensors": "pass", "frozen tensors": "pass"}
+
+
+def test_an_output_that_cannot_be_written_stops_no_run(make, tmp_path, caplog):
+    trainer = make(preflight="quick")
+    (tmp_path / "file").write_text("")
+    trainer.args.output_dir = str(tmp_path / "file" / "out")
+    trainer.train()
+    assert "proof.json cannot be written" in caplog.text

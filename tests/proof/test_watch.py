@@ -28,12 +28,18 @@ def test_a_loss_that_is_not_finite_stops_with_its_batches(make, tmp_path):
         return compute_loss(model, inputs, **keywords)
 
     trainer.compute_loss = remembered
-    with pytest.raises(ProofError, match=r"loss and gradient norm of step 3 is not finite.*stopped_batch_3_0"):
+    with pytest.raises(ProofError, match=r"loss, gradient norm, entropy of step 3 is not finite.*stopped_batch_3_0"):
         trainer.train()
     batches = load_batches(tmp_path / "out" / "stopped_batch_3_0.safetensors")
     assert len(batches) == 2
     assert all(torch.equal(batch["input_ids"], ids) for batch, ids in zip(batches, seen[-2:], strict=True))
     assert all(documents_of(batch) for batch in batches)
+
+
+def test_a_loss_that_the_trainer_filters_is_seen_all_the_same(make):
+    with pytest.raises(ProofError, match="entropy of step 3 is not finite"):
+        make(preflight="quick", callbacks=[Poison()], max_grad_norm=0, max_steps=6,
+             allow=["changed_frozen", "untrained_tensors"]).train()  # fmt: skip
 
 
 def logged(watch, losses, rate=1e-4):

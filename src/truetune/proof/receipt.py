@@ -4,14 +4,19 @@ The largest gradient of each trained tensor is remembered, and whether its eleme
 which a few rows were seen is judged by those. Of frozen tensors a few elements are kept.
 """
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from truetune.proof.errors import ProofError
 from truetune.proof.result import Check
 
+logger = logging.getLogger(__name__)
 STEPS = 3  # with a learning rate; LoRA's A has a gradient from the second on
 BEHIND_ZEROS = ("lora_A", "lora_embedding_A", "vera_lambda_d", "hada_w1_", "hada_w2_a", "lokr_w2")
 KEPT = 64  # elements of a frozen tensor
@@ -19,23 +24,43 @@ SAMPLED = 4096  # elements of a trained tensor in half precision
 MOST_ROUNDED_AWAY = 0.5
 
 
+def _breaks_alone(event: Callable[..., Any]) -> Callable[..., Any]:
+    """A receipt that breaks proves nothing, says so, and stops nothing."""
+
+    @functools.wraps(event)
+    def guarded(self, *args, **kwargs):
+        try:
+            return event(self, *args, **kwargs)
+        except ProofError:
+            raise
+        except Exception as error:
+            self.finished = True
+            logger.warning("The learning receipt broke, which proves nothing: report it (%s: %s).",
+                           type(error).__name__, error)  # fmt: skip
+
+    return guarded
+
+
 class LearningReceipt(TrainerCallback):
     """Calls `done` with its checks after `STEPS` steps that had a learning rate, or at the end of a shorter run."""
 
     def __init__(self, model: nn.Module, done: Callable[[list[Check]], None]) -> None:
         self.model, self.done = model, done
+        self.finished = False
 
+    @_breaks_alone
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps, self.finished = 0, False
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        self.frozen = {name: (parameter, _few(parameter)) for name, parameter in frozen.items()}
+        others = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad and not p.is_meta]
+        self.frozen = {name: (parameter, _few(parameter)) for name, parameter in others}
         self.had_gradient: set[str] = set()
         self.moved: set[str] = set()
         self.not_finite: set[str] = set()
         self.may_round_away: set[str] = set()
         self.rounded_away = self.sampled = 0
 
+    @_breaks_alone
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.rates: dict[str, float | Tensor | None] = {}
@@ -63,6 +88,7 @@ class LearningReceipt(TrainerCallback):
                 self.before[name] = index, value[index].clone(), _sample(value).clone()
                 self.rates[name] = rates.get(id(self.trained[name]))
 
+    @_breaks_alone
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.finished or not self.learning:
             return
@@ -91,6 +117,7 @@ class LearningReceipt(TrainerCallback):
         if self.steps == STEPS:
             self._finish()
 
+    @_breaks_alone
     def on_train_end(self, args, state, control, **kwargs):
         if not self.finished and self.steps:
             self._finish()
@@ -167,4 +194,5 @@ def _sample(flat: Tensor) -> Tensor:
 
 def _few(parameter: Tensor) -> Tensor:
     flat = parameter.detach().flatten()
-    return flat[:: max(1, flat.numel() // KEPT)].clone()
+    few = flat[:: max(1, flat.numel() // KEPT)].clone()
+    return few.view(torch.uint8) if few.element_size() == 1 else few  # FP8 has no comparison

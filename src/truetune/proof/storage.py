@@ -23,6 +23,7 @@ def check_export(model: Any) -> Check:
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > MOST_BYTES:
         return Check(name, f"not tried: {size / 2**30:.1f} GiB to write", limit, "skip")
+    adapter = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
     config = vars(model.config)
     had = dict(config)
     with tempfile.TemporaryDirectory() as directory:
@@ -32,7 +33,8 @@ def check_export(model: Any) -> Check:
             config.clear()
             config.update(had)
         read: dict[str, Tensor] = {}
-        for file in Path(directory).glob("*.safetensors"):
+        # PEFT puts an adapter of another name into a directory of its own.
+        for file in Path(directory, "" if adapter == "default" else adapter).glob("*.safetensors"):
             read |= load_file(file)
     wrong = [key for key, tensor in state.items() if key in read and not _same(read[key], tensor)]
     values = {_fingerprint(tensor) for tensor in read.values()}
@@ -91,7 +93,7 @@ def _checkpoints(args: Any) -> int:
 
 def _state(model: Any) -> dict[str, Tensor]:
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model)
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
         return {key: tensor for key, tensor in state.items() if ".base_layer." not in key}
     return model.state_dict()
 

@@ -46,9 +46,11 @@ class Watch(TrainerCallback):
             return
         # fp16's scaler tries scales that overflow, and skips those steps.
         loss, norm = logs["loss"], 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
-        broken = [name for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)]
+        # By default Transformers leaves a loss that is not finite out of its mean; entropy comes of the same logits.
+        values = (("loss", loss), ("gradient norm", norm), ("entropy", logs.get("entropy", 0.0)))
+        broken = [name for name, value in values if not math.isfinite(value)]
         if broken:
-            raise ProofError(self._stopped(args, state, " and ".join(broken)))
+            raise ProofError(self._stopped(args, state, ", ".join(broken)))
         self.batches.clear()
         self._spike(state, float(loss))
         self._dead_rate(state, logs.get("learning_rate", 1.0))

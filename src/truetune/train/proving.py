@@ -71,10 +71,13 @@ class Proving(TrainerCallback):
         if not args.should_save or args.output_dir is None:
             return
         path = Path(args.output_dir) / PROOF_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{PROOF_FILE}.new")
-        beside.write_text(json.dumps(self.proof.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(self.proof.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:  # a run that saves nothing may have nowhere to
+            logger.warning("%s cannot be written: %s.", path, error.strerror)
 
     def _on_receipt(self, checks: list[Check]) -> None:
         self._print(Proof(checks), title="Learning receipt")
