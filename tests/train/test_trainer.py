@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, Ll
 
 import truetune
 from pairs import line, llama, losses
-from truetune.train import trainer as trainer_module
 from truetune.train.errors import TrainError
+from truetune.train.stock import why_stock_trl
 
 # -- options of TRL's that keep their meaning: tests/compat compares them all with TRL
 
@@ -190,10 +190,10 @@ def parallel(trainer, **sizes):
 def test_what_changes_models_or_ranks_runs_stock_trl(name, make):
     """Read off a real trainer: none of these can start on a machine without the package or the devices."""
     _, stock = make(both=True)
-    assert trainer_module._why_stock_trl(stock) == []
+    assert why_stock_trl(stock) == []
     try:
         STOCK[name](stock)
-        reasons = trainer_module._why_stock_trl(stock)
+        reasons = why_stock_trl(stock)
     finally:
         stock.accelerator.state.parallelism_config = None
     assert len(reasons) == 1 and name in reasons[0]

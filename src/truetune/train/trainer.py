@@ -43,6 +43,7 @@ from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
 from truetune.train.report import TrainReport
+from truetune.train.stock import why_not_unpad, why_stock_trl
 
 logger = logging.getLogger(__name__)
 FIRST_ROWS = 8
@@ -71,7 +72,7 @@ class SFTTrainer(trl.SFTTrainer):
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, args, *positional, **keywords)
         self.proving = Proving(self)
-        self.report.stock = _why_stock_trl(self)
+        self.report.stock = why_stock_trl(self)
         if self.report.stock:
             self.report.add("trainer", "truetune", "stock TRL", "; ".join(self.report.stock))
             self._refuse_own_settings()
@@ -79,7 +80,7 @@ class SFTTrainer(trl.SFTTrainer):
             return
         self._ours = True
         keep_4bit_layout(self.model)
-        self._unpadding_off = _why_not_unpad(self)
+        self._unpadding_off = why_not_unpad(self)
         self._set_attention()
         self._set_adapters(trained_before)
         self._fuse_layers()
@@ -479,31 +480,3 @@ def _by_reason(reasons: list[str]) -> list[str]:
 
 def _trained_tensors(model) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _why_stock_trl(trainer: trl.SFTTrainer) -> list[str]:
-    """What this run asked for that changes models, forwards or ranks in ways of its own; each runs stock TRL."""
-    args, accelerator = trainer.args, trainer.accelerator
-    parallelism = accelerator.parallelism_config
-    sizes = ("cp_size", "sp_size", "tp_size")
-    split = [name for name in sizes if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1]
-    kernels = getattr(_base_model(trainer.model), "use_kernels", False)
-    reasons = {
-        "torch_compile": args.torch_compile,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        f"parallelism ({', '.join(split)})": bool(split),
-        "use_liger_kernel": args.use_liger_kernel,
-        "use_kernels": kernels,
-    }
-    return [name for name, asked in reasons.items() if asked]
-
-
-def _why_not_unpad(trainer: trl.SFTTrainer) -> str | None:
-    if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
-        return "prompt learning puts virtual tokens before each row"
-    if trainer.compute_loss_func is not None:
-        return "compute_loss_func takes logits in the shape of its own batches"
-    if trainer.args.neftune_noise_alpha:
-        return "NEFTune scales its noise by the padded length"
-    return None
