@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoHaConfig, PromptTuningConfig, VeraConfig
 
+from truetune.proof import preflight
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.storage import check_disk
 
@@ -130,3 +131,15 @@ def test_an_output_that_cannot_be_written_stops_no_run(make, tmp_path, caplog):
     trainer.args.output_dir = str(tmp_path / "file" / "out")
     trainer.train()
     assert "proof.json cannot be written" in caplog.text
+
+
+def test_memory_that_runs_out_in_a_check_stops_no_run(make, monkeypatch):
+    def runs_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(preflight, "check_parity", runs_out)
+    trainer = make(preflight="quick")
+    trainer.train()
+    assert [check.seen for check in trainer.proof.checks if check.verdict == "skip"] == [
+        "not run: out of device memory"
+    ]

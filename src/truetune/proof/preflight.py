@@ -15,7 +15,7 @@ from truetune.proof.parity import check_parity
 from truetune.proof.result import Check, Proof, accepted, failure
 from truetune.proof.storage import check_disk, check_export
 from truetune.proof.supervision import Limits, audit
-from truetune.proof.untouched import untouched
+from truetune.proof.untouched import forget_failure, forget_memory, untouched
 
 logger = logging.getLogger(__name__)
 LEVELS = ("full", "quick", "off")
@@ -40,16 +40,19 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Pro
 
     def run(name: str, check: Callable[[], Check | Sequence[Check] | None]) -> None:
         found: Check | Sequence[Check] | None
+        out_of_memory: Check | None = None
         try:
             with untouched(trainer.model):
                 found = check()
         except torch.OutOfMemoryError:
-            found = Check(name, "not run: out of device memory", "", "skip")
+            found = out_of_memory = Check(name, "not run: out of device memory", "", "skip")
         except Exception as error:  # no reason to stop a run, and no proof either
             logger.debug("The check %s broke", name, exc_info=True)
             words = " ".join(str(error).split())[:200]
             mend = "the check itself broke, which proves nothing: report it"
             found = Check(name, f"not run: {type(error).__name__}: {words}", "", "warn", mend)
+        if out_of_memory:  # the frames that held its tensors are gone
+            forget_failure(trainer.model)
         several = [] if found is None else [found] if isinstance(found, Check) else found
         proof.checks += [accepted(check, allow) for check in several]
 
@@ -70,6 +73,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Pro
     run("disk", lambda: check_disk(trainer))
     if level == "full":
         run("export", lambda: check_export(trainer.model))
+    forget_memory()
     proof.seconds = time.perf_counter() - begun
     return proof
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from truetune.models.plan import fused_layers
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -37,3 +39,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(copy)
         for module, mode in modes:
             module.training = mode
+
+
+def forget_failure(model: nn.Module) -> None:
+    """After memory ran out: what was on its way to the host, and what the allocator holds."""
+    for layer in fused_layers(model):
+        host = vars(layer)["activations"].host if "activations" in vars(layer) else None
+        if host is not None:
+            host.forget()
+    forget_memory()
+
+
+def forget_memory() -> None:
+    """Device memory that a trial needed is neither held nor counted any more."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

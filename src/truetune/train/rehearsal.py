@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from truetune.models.plan import fused_layers
-from truetune.proof.untouched import untouched
+from truetune.proof.untouched import forget_failure, untouched
 
 HOST_COPY = 2**26  # bytes of the copy that is timed
 
@@ -51,7 +51,7 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
             finally:
                 clock.stop()
         if peak is None:
-            _forget_failure(trainer.model)
+            forget_failure(trainer.model)
         return Rehearsed(peak, before, seconds)
 
 
@@ -72,7 +72,7 @@ def rehearse_evaluation(trainer: Any, batch: Mapping[str, Any], full_logits: boo
         else:
             fits = True
     if not fits:
-        _forget_failure(trainer.model)
+        forget_failure(trainer.model)
     return fits
 
 
@@ -93,16 +93,6 @@ def _forward_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
 
 def _num_items(batch: Mapping[str, Any]) -> int:
     return max(1, int((batch["labels"][..., 1:] != -100).sum()))
-
-
-def _forget_failure(model: nn.Module) -> None:
-    for layer in fused_layers(model):
-        host = vars(layer)["activations"].host if "activations" in vars(layer) else None
-        if host is not None:
-            host.forget()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 class _LayerClock:
