@@ -6,10 +6,16 @@ copies every activation to fp32; here the two small matrices are cast instead.
 
 import types
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+
+def base_model(model: Any) -> Any:
+    """The Transformers model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from truetune.models.adapters import base_model
 from truetune.models.blocks import RECOMPUTED_ROWS
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.fuse import decoder_layers
@@ -95,7 +96,7 @@ def read_model(model: Any, compute_dtype: torch.dtype, precision: str | None = N
 
     `precision` "nf4" or "fp8" counts frozen linears as they will be, where the model at hand is dense.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     made = precision == "nf4"
     layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made) for layer in decoder_layers(model))

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from truetune.models.adapters import base_model
 from truetune.models.attention import ATTENTION_NAME, set_text_attention, use_varlen_attention
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.plan import fused_layers, set_activations
@@ -220,7 +221,7 @@ def no_zero_b(model: nn.Module) -> Iterator[None]:
 def unfused(trainer: Any) -> Iterator[None]:
     """Transformers' own layers and PyTorch's attention inside, what was there afterwards."""
     model = trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     layers = fused_layers(model)
     choices = trainer.activations.plan.choices if trainer.activations else ["keep"] * len(layers)
     ours = base.config.get_text_config()._attn_implementation == ATTENTION_NAME

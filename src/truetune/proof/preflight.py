@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from truetune.models.adapters import base_model
 from truetune.proof.effect import check_parts, check_targets, check_weights
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import Document, documents_of, excerpt
@@ -91,8 +92,7 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
         return [Check("supervised tokens", "not run: the data is not known before it is read", "", "skip")]
     documents, evaluation, counts = found
     tokenizer = trainer.processing_class
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    ends = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    ends = getattr(getattr(base_model(trainer.model), "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     length = trainer.args.max_length
     return audit(

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from truetune.models.adapters import base_model
 from truetune.train.errors import TrainError
 from truetune.train.stochastic_rounding import StochasticAdamW
 
@@ -28,7 +29,7 @@ def embedding_parameters(model: Any) -> list[nn.Parameter]:
 
     `modules_to_save` copies, `trainable_token_indices` rows and tied weights are found, each once.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     modules = [base.get_input_embeddings(), base.get_output_embeddings()]
     return _unique(
         parameter

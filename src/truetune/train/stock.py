@@ -4,6 +4,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from truetune.models.adapters import base_model
+
 
 def why_stock_trl(trainer: Any) -> list[str]:
     """What this run asked for that changes models, forwards or ranks in ways of its own; each runs stock TRL."""
@@ -11,8 +13,7 @@ def why_stock_trl(trainer: Any) -> list[str]:
     parallelism = accelerator.parallelism_config
     sizes = ("cp_size", "sp_size", "tp_size")
     split = [name for name in sizes if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1]
-    base = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
-    kernels = getattr(base, "use_kernels", False)
+    kernels = getattr(base_model(trainer.model), "use_kernels", False)
     reasons = {
         "torch_compile": args.torch_compile,
         "DeepSpeed": trainer.is_deepspeed_enabled,

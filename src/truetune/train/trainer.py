@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers.trainer_utils import has_length
 
 from truetune.data.collate import UnpaddingCollator, remember_labels, renew_loss_rows, why_padded
-from truetune.models.adapters import adapters_in_fp32, cast_adapters_to_activations
+from truetune.models.adapters import adapters_in_fp32, base_model, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
@@ -85,7 +85,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._set_adapters(trained_before)
         self._fuse_layers()
         self._set_activations()
-        bind_fused_loss(_base_model(self.model))
+        bind_fused_loss(base_model(self.model))
         why = self._why_full_logits()
         in_effect = "stock TRL" if why else "fused linear cross-entropy"
         self.report.add("loss", self.args.loss_type, in_effect, why or "")
@@ -105,7 +105,7 @@ class SFTTrainer(trl.SFTTrainer):
             )
 
     def _set_attention(self) -> None:
-        base = _base_model(self.model)
+        base = base_model(self.model)
         init_kwargs = self.args.model_init_kwargs
         asked = init_kwargs.get("attn_implementation") if isinstance(init_kwargs, dict) else None
         had = base.config._attn_implementation
@@ -222,7 +222,7 @@ class SFTTrainer(trl.SFTTrainer):
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         # Checkpointing beside frozen embeddings needs them; without it they are a layer's gradient for nobody.
-        _base_model(self.model).disable_input_require_grads()
+        base_model(self.model).disable_input_require_grads()
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:
@@ -283,14 +283,14 @@ class SFTTrainer(trl.SFTTrainer):
     def first_batch(self) -> dict[str, Any] | None:
         """The data's first rows as the data loader would give them; None where they are not known before it is read,
         or a collator of the user's own would have to be called."""
-        lengths = row_lengths(self.train_dataset)
-        if lengths is None or isinstance(self.train_dataset, dict) or not has_trl_collator(self):
+        if not self._rows_can_be_labelled():
             return None
-        return batch_of_rows(self, self.train_dataset, range(min(len(lengths), FIRST_ROWS)))
+        assert isinstance(self.train_dataset, datasets.Dataset)
+        return batch_of_rows(self, self.train_dataset, range(min(len(self.train_dataset), FIRST_ROWS)))
 
     def documents_to_audit(self, everything: bool) -> tuple[Documents, Documents | None, dict[str, Any] | None] | None:
         """(documents to train on, to evaluate on, what became of the rows); None as in `first_batch`."""
-        if self.first_batch() is None:
+        if not self._rows_can_be_labelled():
             return None
         most = None if everything else AUDITED_ROWS
         evaluation = self.eval_dataset if row_lengths(self.eval_dataset) is not None else None
@@ -300,6 +300,10 @@ class SFTTrainer(trl.SFTTrainer):
             documents_of_rows(self, evaluation, most) if known else None,
             None,
         )
+
+    def _rows_can_be_labelled(self) -> bool:
+        known = isinstance(self.train_dataset, datasets.Dataset) and row_lengths(self.train_dataset) is not None
+        return known and has_trl_collator(self)
 
     def _print(self, table) -> None:
         if self.is_world_process_zero():
@@ -463,10 +467,6 @@ class SFTTrainer(trl.SFTTrainer):
         super().save_model(*args, **kwargs)
         if self.activations is not None and self.args.should_save and self.args.output_dir is not None:
             self.activations.save(self.args.output_dir)
-
-
-def _base_model(model):
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _by_reason(reasons: list[str]) -> list[str]:
