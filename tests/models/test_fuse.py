@@ -17,6 +17,7 @@ from truetune.models.fp8 import replace_linears_with_fp8
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
+from truetune.models.memory import CHOICES
 from truetune.models.plan import fused_layers, set_activations
 from truetune.ops import backend
 
@@ -216,7 +217,7 @@ def test_no_choice_changes_a_bit(model_type, trained):
     fuse(model)
     inputs = packed_batch()
     runs = []
-    for choice in ("keep", "recompute", "lean", "offload"):
+    for choice in CHOICES:
         set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
         runs.append(loss_and_gradients(model, inputs))
     for other in runs[1:]:
@@ -285,12 +286,13 @@ def test_lora_dropout_is_another_in_every_step_and_the_same_however_it_is_recomp
     without = model(**inputs).logits
     model.train()
     runs = []
-    for choice in ("keep", "recompute"):
+    for choice in ("keep", "recompute", "checkpoint"):
         set_activations(fused_layers(model), [choice] * SIZES["num_hidden_layers"])
         torch.manual_seed(0)
         runs.append(loss_and_gradients(model, inputs))
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert all(torch.equal(runs[1][1][name], gradient) for name, gradient in runs[0][1].items())
+    for loss, gradients in runs[1:]:
+        assert torch.equal(runs[0][0], loss)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in runs[0][1].items())
     draws = torch.stack([model(**inputs).logits.detach() for _ in range(60)])
     assert not torch.equal(draws[0], draws[1])
     unfuse(model)
@@ -483,7 +485,7 @@ class TestOnTheGpu:
         bind_fused_loss(model.get_base_model())
         return model.train()
 
-    @pytest.mark.parametrize("choice", ["keep", "lean", "offload", "host"])
+    @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice != "recompute"])
     def test_no_choice_changes_more_than_rounding(self, choice):
         model = self.model()
         fuse(model)

@@ -11,7 +11,9 @@ from models.test_fuse import MODELS, SIZES, make, packed_batch, with_lora
 from truetune.models.errors import ModelError
 from truetune.models.fuse import fuse
 from truetune.models.memory import (
+    CHECKPOINTED,
     CHOICES,
+    ON_HOST,
     StepMemory,
     optimizer_bytes,
     quantized_bytes,
@@ -82,8 +84,8 @@ def test_a_layer_saves_the_bytes_that_the_model_says(model_type, trained, autoca
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         measured = saved_bytes(model, packed_batch((17, 20, 3)))
     for layer, found in zip(shape.layers, measured, strict=True):
-        saved = saved_tensors(layer, shape.compute, shape.residual, choice in ("recompute", "lean"))
-        joined_output = shape.compute * layer.query
+        saved = saved_tensors(layer, shape.compute, shape.residual, choice)
+        joined_output = 0 if choice in CHECKPOINTED else shape.compute * layer.query
         assert found == tokens * (sum(tensor.bytes_a_token for tensor in saved) + joined_output)
 
 
@@ -156,7 +158,7 @@ def llama_8b() -> StepMemory:
     return StepMemory(shape, tokens=16384, optimizer=optimizer_bytes("adamw_torch", shape.trained))
 
 
-RATES = Rates(forward=13e-3, backward=20e-3, recompute=5e-3, host_rate=50e9, host_bytes=10**12)
+RATES = Rates(forward=13e-3, backward=20e-3, recompute=5e-3, attention=4e-3, host_rate=50e9, host_bytes=10**12)
 SLOW_HOST = replace(RATES, host_rate=5e9)
 NO_HOST = replace(RATES, host_bytes=0)
 ROOMS = [Room(round(gib * GIB), 80 * GIB) for gib in (18, 22, 24, 26, 30, 35, 40, 50, 60, 70, 79, 140)]
@@ -183,10 +185,10 @@ def test_the_choice_is_the_fastest_of_all_mixes_of_a_small_model(llama_8b):
     from itertools import product
 
     memory = replace(llama_8b, model=replace(llama_8b.model, layers=llama_8b.model.layers[:4]))
-    kinds = ("keep", "host", "recompute", "lean")
+    kinds = tuple(choice for choice in CHOICES if choice != "offload")
     all_mixes = list(product(kinds, repeat=4))
     for rates in (RATES, SLOW_HOST, NO_HOST):
-        allowed = [mix for mix in all_mixes if rates.host_bytes or not {"host", "lean"} & set(mix)]
+        allowed = [mix for mix in all_mixes if rates.host_bytes or not ON_HOST & set(mix)]
         for available in range(memory.peak(("lean",) * 4), memory.peak(("keep",) * 4) + GIB, GIB // 2):
             room = Room(available, 0)
             fitting = [layer_seconds(memory, mix, rates) for mix in allowed if room.fits(memory, mix)]
@@ -214,13 +216,16 @@ def test_fixed_policies_and_terms(llama_8b):
     room = ROOMS[3]
     assert choose("keep", llama_8b, room, RATES) == ("keep",) * 32
     assert choose("lean", llama_8b, room, RATES) == ("lean",) * 32
-    assert choose("lean", llama_8b, room, NO_HOST) == ("recompute",) * 32
-    for choices in (("keep",) * 32, ("lean",) * 32, ("lean",) * 10 + ("host",) * 22):
+    assert choose("lean", llama_8b, room, SLOW_HOST) == ("checkpoint_host",) * 32
+    assert choose("lean", llama_8b, room, NO_HOST) == ("checkpoint",) * 32
+    mixed = ("lean",) * 10 + ("host",) * 12 + ("checkpoint",) * 10
+    for choices in (("keep",) * 32, ("lean",) * 32, ("checkpoint_host",) * 32, mixed):
         terms = llama_8b.terms(choices)
         assert sum(terms.values()) == llama_8b.peak(choices)
         assert min(terms.values()) > 0
-    peaks = [llama_8b.peak((choice,) * 32) for choice in ("keep", "host", "recompute", "lean")]
-    assert peaks == sorted(peaks, reverse=True)
+    peak = {choice: llama_8b.peak((choice,) * 32) for choice in CHOICES}
+    assert peak["checkpoint_host"] < peak["lean"] < peak["host"] < peak["keep"]
+    assert peak["checkpoint_host"] < peak["checkpoint"] < peak["recompute"] < peak["keep"]
 
 
 def test_a_correction_scales_what_is_not_held(llama_8b):

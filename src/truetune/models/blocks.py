@@ -28,6 +28,7 @@ from truetune.ops.lora import (
     linears_backward_input,
     linears_backward_parameters,
     linears_forward,
+    products_with_adapters,
 )
 from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from truetune.ops.rope import rope_backward, rope_forward
@@ -296,6 +297,7 @@ class GatedMlp:
     """residual + multiplier * post_norm(down(activation(gate(h)) * up(h))), h = norm(residual).
 
     `recompute`: only the residual stream is saved, and the backward pass makes gate and up again, some rows at a time.
+    `unused`: the layer runs again for what its nodes save, of which its result is no part: it is not computed.
     """
 
     norm: Norm | None
@@ -306,6 +308,7 @@ class GatedMlp:
     multiplier: float
     dtype: torch.dtype
     recompute: bool = False
+    unused: bool = False
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         draw_seeds((*self.gate_up, self.down))
@@ -340,6 +343,15 @@ def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Any]]:
     return out_TH, [rstd_T, xa_TS, down_xa, y_TH, y_rstd, *gate_up]
 
 
+def _mlp_made_again(block: GatedMlp, x_TH: Tensor) -> list[Any]:
+    """What `_mlp_forward` leaves for `_mlp_backward`; without the product with down, unless a norm comes after it."""
+    if block.post_norm is not None:
+        return _mlp_forward(block, x_TH)[1]
+    h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
+    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8)
+    return [rstd_T, xa_TS, None, None, None, *gate_up]
+
+
 def _mlp_backward(
     block: GatedMlp, dout_TH: Tensor, x_TH: Tensor, saved: Sequence[Any], needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -356,6 +368,8 @@ def _mlp_backward(
     if len(gate_up) == 2:
         pairs = ((grads.dgate8_TI, grads.dgate_scale_T), (grads.dup8_TI, grads.dup_scale_T))
         quantized = [quantized_or_none(*pair) for pair in pairs]
+    if down_xa is None:
+        down_xa = products_with_adapters(act_TI, (block.down,))
     down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_dxa, (block.down,))
     del grads, act_TI, dact_TI
     h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
@@ -376,7 +390,10 @@ class _Mlp(torch.autograd.Function):
             ctx.save_for_backward(x_TH, *saved)
             return out_TH
         ctx.save_for_backward(x_TH)
-        prepared, out_TH = block.prepared(), torch.empty_like(x_TH)
+        out_TH = torch.empty_like(x_TH)
+        if block.unused:
+            return out_TH
+        prepared = block.prepared()
         for rows in block.row_blocks(x_TH):
             out_TH[rows] = _mlp_forward(prepared.from_row(rows.start), x_TH[rows])[0]
         return out_TH
@@ -395,9 +412,8 @@ class _Mlp(torch.autograd.Function):
         dx_TH = torch.empty_like(x_TH) if needs_input else None
         for rows in block.row_blocks(x_TH):
             part = prepared.from_row(rows.start)
-            dx_rows, gradients = _mlp_backward(
-                part, dout_TH[rows], x_TH[rows], _mlp_forward(part, x_TH[rows])[1], needs_input
-            )
+            saved = _mlp_made_again(part, x_TH[rows])
+            dx_rows, gradients = _mlp_backward(part, dout_TH[rows], x_TH[rows], saved, needs_input)
             if dx_TH is not None and dx_rows is not None:
                 dx_TH[rows] = dx_rows
             totals = [_sum(total, new) for total, new in zip(totals, gradients, strict=True)] if totals else gradients

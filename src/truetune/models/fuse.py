@@ -10,7 +10,7 @@ import operator
 import sys
 import types
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -181,8 +182,27 @@ def layer_forward(
         return type(self).forward(self, hidden_states, *args, past_key_values=past_key_values, **given)
     if self.training and self.gradient_checkpointing and not _CHECKPOINTED_BY_CALL:
         return self._gradient_checkpointing_func(functools.partial(_run_layer, self, given, None), hidden_states)
+    rows_K = loss_rows if hasattr(self, TAKES_ROWS) else None
     with self.activations.saving() if hasattr(self, "activations") else nullcontext():
-        return _run_layer(self, given, loss_rows if hasattr(self, TAKES_ROWS) else None, hidden_states)
+        if hasattr(self, "activations") and self.activations.checkpoint and torch.is_grad_enabled():
+            return _checkpointed(self, given, rows_K, hidden_states)
+        return _run_layer(self, given, rows_K, hidden_states)
+
+
+def _checkpointed(layer: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Saves the layer's input alone. The backward pass runs its attention again, for what that saves and for the MLP's
+    input, from which the MLP's node makes the rest itself."""
+
+    @contextmanager
+    def again():
+        layer.activations.again = True
+        try:
+            yield
+        finally:
+            layer.activations.again = False
+
+    run = functools.partial(_run_layer, layer, given, rows_K)
+    return checkpoint(run, hidden_states, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
 
 def _run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -304,6 +324,7 @@ def _mlp_block(layer: Any, family: Family, dtype: torch.dtype) -> GatedMlp:
     activation = ACTIVATIONS.get(type(getattr(mlp, family.activation)).__name__)
     if activation is None:
         raise NotFusable(f"its activation is {type(getattr(mlp, family.activation)).__name__}")
+    activations = getattr(layer, "activations", None)
     return GatedMlp(
         norm=_read_norm(layer, family.pre_mlp_norm, family),
         gate_up=[read_linear(getattr(mlp, name)) for name in family.gate_up],
@@ -312,7 +333,8 @@ def _mlp_block(layer: Any, family: Family, dtype: torch.dtype) -> GatedMlp:
         post_norm=_read_norm(layer, family.post_mlp_norm, family),
         multiplier=layer.residual_multiplier if family.residual_multiplier else 1.0,
         dtype=dtype,
-        recompute=hasattr(layer, "activations") and layer.activations.recompute,
+        recompute=activations is not None and activations.recompute,
+        unused=activations is not None and activations.again,
     )
 
 

@@ -25,9 +25,10 @@ from truetune.ops.linear_cross_entropy import _chunk_rows
 
 FP32 = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, a scale a block of 64, a scale of scales a block of 256
-CHOICES = ("keep", "host", "recompute", "lean", "offload")
-ON_HOST = {"host", "lean", "offload"}
-RECOMPUTED = {"recompute", "lean"}
+CHOICES = ("keep", "host", "recompute", "lean", "checkpoint", "checkpoint_host", "offload")
+ON_HOST = {"host", "lean", "checkpoint_host", "offload"}
+RECOMPUTED = {"recompute", "lean", "checkpoint", "checkpoint_host"}  # gate and up at the least
+CHECKPOINTED = {"checkpoint", "checkpoint_host"}
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
@@ -248,9 +249,11 @@ class Saved:
     hosted: bool = True
 
 
-def saved_tensors(shape: LayerShape, compute: int, residual: int, recompute: bool = False) -> list[Saved]:
-    """What the blocks of `blocks.py`, and attention between them, save of each token."""
+def saved_tensors(shape: LayerShape, compute: int, residual: int, choice: str = "keep") -> list[Saved]:
+    """What the blocks of `blocks.py`, and attention between them, save of each token under a choice of `plan.py`."""
     c, r, s = compute, residual, shape
+    if choice in CHECKPOINTED:
+        return [Saved("residual stream", r * s.hidden, "attention")]
     lone = not s.one_qkv
     attention = {
         "residual stream": (r * s.hidden, True),
@@ -279,7 +282,7 @@ def saved_tensors(shape: LayerShape, compute: int, residual: int, recompute: boo
         "gate": (c * s.intermediate, True),
         "up": (c * s.intermediate, True),
     }
-    if recompute and s.intermediate:
+    if choice in RECOMPUTED and s.intermediate:
         mlp = {"residual stream of the MLP": (r * s.hidden, True)}
     groups = {"attention": attention, "mlp": mlp}
     return [
@@ -306,12 +309,12 @@ class LayerBytes:
 @functools.lru_cache(maxsize=256)
 def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, residual: int) -> LayerBytes:
     c, r, s, T = compute, residual, shape, tokens
-    on_host = {"host": {"gate", "up"}, "lean": set(), "offload": set()}.get(choice)  # the names that stay here
+    stays = {"gate", "up"} if choice == "host" else set()  # of what could go to the host
     device = {"attention": 0, "mlp": 0}
     host = 0
-    for saved in saved_tensors(s, c, r, choice in RECOMPUTED):
+    for saved in saved_tensors(s, c, r, choice):
         size = saved.bytes_a_token * T
-        if on_host is not None and saved.hosted and size >= SMALLEST and saved.name not in on_host:
+        if choice in ON_HOST and saved.hosted and size >= SMALLEST and saved.name not in stays:
             host += size
         else:
             device[saved.group] += size
@@ -328,13 +331,17 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
     # FlashAttention-2: the gradient of q is summed in fp32, those of k and v are made for each query head.
     flash = 2 * q + kv + FP32 * s.query * T + (2 * q if s.query != s.key else 0)
     qkv = 2 * (q + kv) + 2 * hidden + stream + largest
+    again = 0
+    if choice in CHECKPOINTED:  # then all that is saved of attention is there while the backward pass runs
+        again = T * sum(saved.bytes_a_token for saved in saved_tensors(s, c, r, "recompute")) - stream
+        forward = max(forward, hidden + 2 * q + kv + stream + largest)
     return LayerBytes(
         device=sum(device.values()),
         mlp=device["mlp"],
         host=host,
         forward=forward,
-        mlp_backward=mlp_backward,
-        attention_backward=stream + max(flash, qkv),
+        mlp_backward=again + mlp_backward,
+        attention_backward=again + stream + max(flash, qkv),
         gradients=s.gradients,
     )
 

@@ -5,11 +5,14 @@ A layer's choice is one of
     keep        everything that the blocks save stays on the device
     host        gate and up stay, the rest goes to pinned host memory
     recompute   gate and up are made again in the backward pass, the rest stays
-    lean        both: the least device memory
+    lean        both
+    checkpoint  only the layer's input stays, all else is made again
+    checkpoint_host  the input goes to the host too
     offload     everything goes to the host, nothing is recomputed
 
-and a policy is how choices are made: `keep` and `lean` give every layer theirs, `auto` takes the fastest mix that fits,
-`offload` the fastest that fits without recomputing. `choose` is a pure function of sizes, memory and rates.
+and a policy is how choices are made: `keep` gives every layer its own name; `lean` takes of the two choices that leave
+least on the device, `lean` and `checkpoint_host`, the mix that is fastest with this host; `auto` takes the fastest mix
+that fits, `offload` the fastest that fits without recomputing. `choose` is a pure function of sizes, memory and rates.
 """
 
 import json
@@ -26,7 +29,7 @@ from torch import nn
 
 from truetune.models.errors import ModelError
 from truetune.models.fuse import decoder_layers, layer_forward
-from truetune.models.memory import CHOICES, ON_HOST, RECOMPUTED, StepMemory
+from truetune.models.memory import CHECKPOINTED, CHOICES, ON_HOST, RECOMPUTED, StepMemory
 from truetune.models.offload import HostMemory
 
 POLICIES = ("auto", "keep", "lean", "offload")
@@ -41,13 +44,17 @@ GIB = 2**30
 
 @dataclass
 class LayerActivations:
-    """What one layer does: `recompute` its MLP in the backward pass; save to `host`, where there is one.
+    """What one layer does: `recompute` its MLP in the backward pass, or all of it (`checkpoint`); save to `host`, where
+    there is one.
 
-    `stays`: widths of matrices that are not put there (gate and up, where they are kept).
+    `stays`: widths of matrices that are not put there (gate and up, where they are kept). `again`: it is being made
+    again just now.
     """
 
     index: int
     recompute: bool = False
+    checkpoint: bool = False
+    again: bool = False
     host: HostMemory | None = None
     stays: frozenset[int] = frozenset()
 
@@ -74,6 +81,7 @@ def set_activations(layers: Sequence[Any], choices: Sequence[str]) -> None:
         vars(layer)["activations"] = LayerActivations(
             index,
             recompute=choice in RECOMPUTED,
+            checkpoint=choice in CHECKPOINTED,
             host=host if choice in ON_HOST else None,
             stays=_gate_up_widths(layer) if choice == "host" else frozenset(),
         )
@@ -90,7 +98,8 @@ def _gate_up_widths(layer: Any) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one layer's forward pass, backward pass and recomputation; bytes a second to or from the host.
+    """Seconds of one layer's forward pass and backward pass, and of making again: gate and up, and all of attention;
+    bytes a second to or from the host.
 
     `host_bytes`: how much pinned memory there is to be had; 0 without a GPU.
     """
@@ -98,6 +107,7 @@ class Rates:
     forward: float
     backward: float
     recompute: float
+    attention: float
     host_rate: float
     host_bytes: int = 0
 
@@ -125,7 +135,8 @@ def layer_seconds(memory: StepMemory, choices: Sequence[str], rates: Rates) -> f
         if i > 0 and i - 1 not in back:
             stream = max(stream, clock) + copies[i - 1]
             back[i - 1] = stream
-        clock += rates.backward + SHARED * copies[i] + (rates.recompute if choices[i] in RECOMPUTED else 0.0)
+        again = rates.recompute * (choices[i] in RECOMPUTED) + rates.attention * (choices[i] in CHECKPOINTED)
+        clock += rates.backward + SHARED * copies[i] + again
     return clock
 
 
@@ -153,10 +164,12 @@ def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]
     Two choices a mix: the leaner one in the first layers, because the memory of the last ones is free again first, or
     spread over all, which gives each layer's copies the time of its neighbours.
     """
-    if policy in ("keep", "lean"):
-        yield (policy if has_host or policy == "keep" else "recompute",) * layers
-        return
-    kinds: Sequence[str] = ("keep", "host", "offload") if policy == "offload" else ("keep", "host", "recompute", "lean")
+    kinds: tuple[str, ...] = {
+        "keep": ("keep",),
+        "lean": ("lean", "checkpoint_host") if has_host else ("checkpoint",),
+        "offload": ("keep", "host", "offload"),
+        "auto": ("keep", "host", "recompute", "lean", "checkpoint", "checkpoint_host"),
+    }[policy]
     kinds = tuple(kind for kind in kinds if has_host or kind not in ON_HOST)
     for kind in kinds:
         yield (kind,) * layers
@@ -186,7 +199,7 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
                 best = seconds, choices
     if best is not None:
         return best[1]
-    return leanest[1] if leanest is not None else ("recompute",) * len(memory.model.layers)
+    return leanest[1] if leanest is not None else ("checkpoint",) * len(memory.model.layers)
 
 
 def advice(policy: str, memory: StepMemory, room: Room, rates: Rates, batch_size: int, length: int) -> str:

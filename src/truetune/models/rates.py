@@ -67,11 +67,13 @@ def estimated_rates(
     query = sum(layer.query for layer in model.layers) / count
     attention = 2 * tokens * length * query / (flops * EFFICIENCY * _ATTENTION_EFFICIENCY)  # causal: half of all pairs
     gate_up = sum(2 * layer.hidden * layer.intermediate for layer in model.layers) / count
+    qkv_out = sum(2 * layer.hidden * (layer.query + layer.key) for layer in model.layers) / count
     trained = any(layer.trained_mlp for layer in model.layers)
     return Rates(
         forward=linears + attention,
         backward=(2 if trained else 1) * linears + 2.5 * attention,
         recompute=2 * tokens * gate_up / gemm_rate,
+        attention=2 * tokens * qkv_out / gemm_rate + attention,
         host_rate=host_rate,
         host_bytes=host_bytes,
     )

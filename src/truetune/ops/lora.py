@@ -334,6 +334,12 @@ def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantize
     return Quantized(*quantize_rows(x_TK)) if given is None else given
 
 
+def products_with_adapters(x_TK: Tensor, linears: Sequence[Linear]) -> Tensor | None:
+    """scaling * x @ A.T [T, S] of all adapters, in the dtype of x; None without one."""
+    a_SK = _scaled_a(linears, x_TK.dtype)
+    return None if a_SK is None else _products_with_a(x_TK, linears, a_SK)
+
+
 def linears_forward(
     x_TK: Tensor,
     linears: Sequence[Linear],
@@ -345,8 +351,7 @@ def linears_forward(
 
     `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
     """
-    a_SK = _scaled_a(linears, x_TK.dtype)
-    xa_TS = None if a_SK is None else _products_with_a(x_TK, linears, a_SK)
+    xa_TS = products_with_adapters(x_TK, linears)
     quantized = quantized_if_needed(x_TK, linears, quantized)
     residuals = () if residual_TN is None else (residual_TN,)
     results = []

@@ -151,7 +151,7 @@ class Activations:
 
     @property
     def _may_change(self) -> bool:
-        return self.policy in ("auto", "offload")
+        return self.policy in ("auto", "lean", "offload")
 
     def _worth_it(self, following: tuple[str, ...], choices: tuple[str, ...]) -> bool:
         if following == choices:
@@ -181,7 +181,7 @@ class Activations:
                 forward=found.layer_seconds,
                 backward=self.rates.backward * scale,
                 recompute=self.rates.recompute * scale,
-                host_rate=measured_host_rate(self.device) if self._may_change else self.rates.host_rate,
+                attention=self.rates.attention * scale,
             )
         self._describe()
 
@@ -226,9 +226,12 @@ class Activations:
         flops = known_flops(name) or known_flops(UNKNOWN_GPU)
         assert flops is not None
         length = self.trainer.args.max_length or self.memory.tokens
-        pinned = self._over_ranks(host_bytes(), torch.distributed.ReduceOp.MIN) if self.on_gpu else 0
+        pinned, host_rate = 0, known_host_rate(name)
+        if self.on_gpu:  # of machines with the same GPU, one may copy ten times as fast as another
+            pinned = self._over_ranks(host_bytes(), torch.distributed.ReduceOp.MIN)
+            host_rate = self._over_ranks(round(measured_host_rate(self.device)), torch.distributed.ReduceOp.MIN)
         return estimated_rates(
-            self.memory.model, self.memory.tokens, length, flops, host_rate=known_host_rate(name), host_bytes=pinned
+            self.memory.model, self.memory.tokens, length, flops, host_rate=host_rate, host_bytes=pinned
         )
 
     def _without_gpu(self, policy: str) -> tuple[str, ...]:
