@@ -22,8 +22,8 @@ def model():
     return model
 
 
-def loss(model, seed: int) -> torch.Tensor:
-    input_ids = torch.randint(3, 512, (1, LENGTH), generator=torch.Generator().manual_seed(seed)).cuda()
+def loss(model, seed: int, length: int = LENGTH) -> torch.Tensor:
+    input_ids = torch.randint(3, 512, (1, length), generator=torch.Generator().manual_seed(seed)).cuda()
     return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
 
 
@@ -44,6 +44,25 @@ def test_a_step_after_passes_that_never_came_to_an_end_is_right(model):
     broken.remove()
     for ours, exact in zip(gradients(model, 1), kept, strict=True):
         assert (ours.double() - exact.double()).norm() <= 1e-2 * exact.double().norm()  # atomic sums in attention
+
+
+@pytest.mark.parametrize("choice", ["offload", "lean", "checkpoint_host"])
+def test_batches_of_other_lengths_pin_no_more_memory(model, choice):
+    set_activations(fused_layers(model), [choice] * LAYERS)
+    loss(model, 0, 2 * LENGTH).backward()
+    host = fused_layers(model)[0].activations.host
+
+    def pinned() -> int:
+        loss(model, 1).backward()  # the first layer's buffers are free again once a forward pass begins
+        free = sum(buffer.numel() for buffers in host._free.values() for buffer in buffers)
+        held = sum(saved.buffer.numel() for layer in host._layers.values() for saved in layer.saved.values())
+        return free + held
+
+    before = pinned()
+    assert before > 0
+    for step in range(1, 6):
+        loss(model, step, 2 * LENGTH - 40 * step).backward()
+        assert pinned() == before
 
 
 def test_two_forward_passes_before_a_backward_pass_are_refused(model):

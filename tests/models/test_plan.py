@@ -237,19 +237,19 @@ def test_a_correction_scales_what_is_not_held(llama_8b):
 
 def test_the_advice_works(llama_8b):
     """What is named fits, and one more does not."""
-    lean = ("lean",) * 32
-    room = Room(17 * GIB, 0)
-    assert not room.fits(llama_8b, lean)
+    leanest = ("checkpoint_host",) * 32
+    room = Room(round(16.5 * GIB), 0)
+    assert not room.fits(llama_8b, leanest)
     text = advice("auto", llama_8b, room, RATES, 4, 4096)
     assert text.startswith("lower per_device_train_batch_size from 4 to ")
     rows = int(text.rsplit(" ", 1)[1])
-    assert room.fits(replace(llama_8b, tokens=rows * 4096), lean)
-    assert not room.fits(replace(llama_8b, tokens=(rows + 1) * 4096), lean)
+    assert room.fits(replace(llama_8b, tokens=rows * 4096), leanest)
+    assert not room.fits(replace(llama_8b, tokens=(rows + 1) * 4096), leanest)
     text = advice("auto", llama_8b, room, RATES, 1, 16384)
     length = int(text.rsplit(" ", 1)[1])
     assert text == f"lower max_length from 16384 to {length}"
-    assert room.fits(replace(llama_8b, tokens=length), lean)
-    assert not room.fits(replace(llama_8b, tokens=length + 256), lean)
+    assert room.fits(replace(llama_8b, tokens=length), leanest)
+    assert not room.fits(replace(llama_8b, tokens=length + 256), leanest)
     assert advice("keep", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
     assert "qlora" in advice("auto", llama_8b, Room(10 * GIB, 0), RATES, 4, 4096)
 

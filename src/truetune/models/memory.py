@@ -20,7 +20,7 @@ from truetune.models.adapters import base_model
 from truetune.models.blocks import RECOMPUTED_ROWS
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.fuse import decoder_layers
-from truetune.models.offload import SMALLEST
+from truetune.models.offload import SMALLEST, pinned_bytes
 from truetune.ops.linear_cross_entropy import _chunk_rows
 
 FP32 = 4
@@ -295,11 +295,15 @@ def saved_tensors(shape: LayerShape, compute: int, residual: int, choice: str = 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """One layer under one choice: saved on the device (`mlp` of it is freed first), on the host, and passing."""
+    """One layer under one choice: saved on the device (`mlp` of it is freed first), on the host, and passing.
+
+    `pinned`: what the buffers take in which `host` lies.
+    """
 
     device: int
     mlp: int
     host: int
+    pinned: int
     forward: int
     mlp_backward: int
     attention_backward: int
@@ -311,11 +315,12 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
     c, r, s, T = compute, residual, shape, tokens
     stays = {"gate", "up"} if choice == "host" else set()  # of what could go to the host
     device = {"attention": 0, "mlp": 0}
-    host = 0
+    host = pinned = 0
     for saved in saved_tensors(s, c, r, choice):
         size = saved.bytes_a_token * T
         if choice in ON_HOST and saved.hosted and size >= SMALLEST and saved.name not in stays:
             host += size
+            pinned += pinned_bytes(size)
         else:
             device[saved.group] += size
     largest, mlp_made = (elements * c for elements in s.made)
@@ -339,6 +344,7 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
         device=sum(device.values()),
         mlp=device["mlp"],
         host=host,
+        pinned=pinned,
         forward=forward,
         mlp_backward=again + mlp_backward,
         attention_backward=again + stream + max(flash, qkv),

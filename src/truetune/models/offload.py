@@ -15,12 +15,18 @@ from torch import Tensor
 SMALLEST = 2**23  # bytes; smaller ones (rotary tables, which all layers share; statistics) are not worth a copy
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What a buffer of so many bytes takes: the next power of two."""
+    return 1 << (num_bytes - 1).bit_length()
+
+
 @dataclass(eq=False)
 class _Saved:
     """A contiguous stretch of memory that one or more saved tensors look at."""
 
     device_data: Tensor | None  # kept until its copy is done, and again once it is back
     host_data: Tensor
+    buffer: Tensor  # in which `host_data` lies
     copied: torch.cuda.Event
     returned: torch.cuda.Event | None = None
 
@@ -34,7 +40,9 @@ class _Layer:
 class HostMemory:
     """The pinned memory of one device's offloaded activations, and the stream of their copies.
 
-    Buffers are kept from step to step: to pin memory takes far longer than to fill it.
+    Buffers are kept from step to step: to pin memory takes far longer than to fill it. Batches differ a little in
+    length, so their sizes are powers of two, as PyTorch's allocator makes them anyway: kept by exact size, every step
+    would pin new ones, until the host has no memory left.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,13 +83,14 @@ class HostMemory:
         return layer, index, key, tensor.dtype, tensor.shape
 
     def _copy_out(self, data: Tensor, num_bytes: int) -> _Saved:
-        free = self._free.get(num_bytes)
-        host = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        free = self._free.get(pinned_bytes(num_bytes))
+        buffer = free.pop() if free else torch.empty(pinned_bytes(num_bytes), dtype=torch.uint8, pin_memory=True)
+        host = buffer[:num_bytes]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             host.copy_(data, non_blocking=True)
             copied = self.stream.record_event()
-        return _Saved(data, host, copied)
+        return _Saved(data, host, buffer, copied)
 
     def _release_copied(self, before: int) -> None:
         """Lets go of the device memory of layers two or more before: the compute stream waits for their copies.
@@ -140,5 +149,5 @@ class HostMemory:
         for saved in layer.saved.values():
             if saved.returned is not None:  # asked for and not used: the copy must not write into memory of others
                 torch.cuda.current_stream(self.device).wait_event(saved.returned)
-            self._free.setdefault(saved.host_data.numel(), []).append(saved.host_data)
+            self._free.setdefault(saved.buffer.numel(), []).append(saved.buffer)
         layer.saved.clear()  # a graph that nobody runs backward may hold on to the layer

@@ -188,7 +188,7 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
     for choices in dict.fromkeys(mixes(policy, len(memory.model.layers), rates.host_bytes > 0)):
         # What the host can pin is a guess (a virtual machine's memory grows as it is used): good enough to choose by,
         # not to overrule what was asked for by name.
-        if policy == "auto" and sum(layer.host for layer in memory.of_layers(choices)) > rates.host_bytes:
+        if policy == "auto" and sum(layer.pinned for layer in memory.of_layers(choices)) > rates.host_bytes:
             continue
         needed = room.needed(memory, choices)
         if leanest is None or needed < leanest[0]:
