@@ -3,9 +3,9 @@
     python benchmarks/compare.py --systems truetune,trl,unsloth,liger --recipe 0.6b-lora [--recipe ...] [--out FILE]
 
 Models have real shapes and random weights, made once in `--inputs` (a memory-backed directory is best). Rows are tokens
-already: lengths are log-normal (median 350, sigma 0.9, 32 to 4,096), all tokens supervised. A step is four packed rows
-of 4,096. Every system runs its own trainer in a process of its own, 14 steps of which 5 warm up. `--peer-path` goes in
-front of PYTHONPATH for the peers (flash-attn's names, where flash-attn itself is not installed).
+already: lengths are log-normal (median 350, sigma 0.9, 32 to 4,096), all tokens supervised, but for `-half`. A step is
+four packed rows of 4,096. Every system runs its own trainer in a process of its own, 14 steps of which 5 warm up.
+`--peer-path` goes in front of PYTHONPATH for the peers (flash-attn's names, where flash-attn itself is not installed).
 """
 
 import argparse
@@ -28,16 +28,21 @@ SYSTEMS = ("truetune", "trl", "unsloth", "liger")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`policy`: truetune's `activation_policy`; peers recompute (Unsloth offloads) wherever it is not keep."""
+    """`policy`: truetune's `activation_policy`; peers recompute (Unsloth offloads) wherever it is not keep.
+
+    `supervised`: the share of every row, at its end, that is.
+    """
 
     model: str
     method: str
     policy: str
     precision: str = "bf16"
+    supervised: float = 1.0
 
 
 RECIPES = {
     "8b-lora-keep": Recipe("llama-8b", "lora", "keep"),
+    "8b-lora-keep-half": Recipe("llama-8b", "lora", "keep", supervised=0.5),
     "8b-lora-fp8": Recipe("llama-8b", "lora", "keep", "fp8"),
     "8b-lora-lean": Recipe("llama-8b", "lora", "lean"),
     "8b-lora-defaults": Recipe("llama-8b", "lora", "auto"),
@@ -92,7 +97,7 @@ def make_inputs(directory: Path, name: str) -> None:
             file.write(json.dumps({"input_ids": row}) + "\n")
 
 
-def load(system: str, recipe: Recipe, path: str):
+def load(system: str, recipe: Recipe, path: str, length: int = LENGTH):
     """The system's model, tokenizer and adapter configuration, and its own `SFTConfig` options."""
     import torch
     from peft import LoraConfig
@@ -112,7 +117,7 @@ def load(system: str, recipe: Recipe, path: str):
         checkpointing = False if keep else "unsloth"
         model, tokenizer = FastLanguageModel.from_pretrained(
             path,
-            max_seq_length=LENGTH,
+            max_seq_length=length,
             dtype=torch.bfloat16,
             load_in_4bit=recipe.method == "qlora",
             full_finetuning=recipe.method == "full",
@@ -141,6 +146,11 @@ def load(system: str, recipe: Recipe, path: str):
     return model, tokenizer, adapter, options | {"padding_free": True, "use_liger_kernel": system == "liger"}
 
 
+def completion_mask(length: int, supervised: float) -> list[int]:
+    prompt = round(length * (1 - supervised))
+    return [0] * prompt + [1] * (length - prompt)
+
+
 def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
     """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
     begun = time.perf_counter()
@@ -167,6 +177,7 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         report_to=[],
         max_length=LENGTH,
         packing=True,
+        completion_only_loss=True if recipe.supervised < 1 else None,
         optim="adamw_torch_fused",
         seed=0,
         disable_tqdm=True,
@@ -178,10 +189,13 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
             stamps.append(time.perf_counter())
+            print(f"step {state.global_step} at {stamps[-1] - begun:.1f} s", file=sys.stderr, flush=True)
             if state.global_step == WARM_UP:
                 torch.cuda.reset_peak_memory_stats()
 
     rows = load_dataset("json", data_files=f"{path}/rows.jsonl", split="train")
+    if recipe.supervised < 1:
+        rows = rows.map(lambda row: {"completion_mask": completion_mask(len(row["input_ids"]), recipe.supervised)})
     trainer = SFTTrainer(
         model=model,
         args=args,

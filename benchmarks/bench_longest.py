@@ -1,0 +1,144 @@
+"""The longest single document that one training step takes, beside Unsloth: 8B, QLoRA r16, least memory.
+
+    python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S]
+
+A system's peak memory at 16,384 and 32,768 tokens gives a line, and the line the length at which the device would be
+full. That length is tried, then shorter ones in steps of an eighth, until a step goes through: what ran is the result,
+and the line stands beside it. Every length runs in a process of its own, on the inputs of `compare.py`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from compare import RECIPES, environment, load
+
+RECIPE = "8b-qlora-lean"
+MEASURED = (16384, 32768)
+SPARE = 0.97  # of the device's memory: what the CUDA context and other libraries take
+
+
+def one_step(system: str, directory: Path, length: int) -> dict:
+    """Two steps on documents of `length` tokens in this process: peak GiB and seconds of the second."""
+    if system == "unsloth":
+        import unsloth  # noqa: F401  # before everything that it patches
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    if system == "truetune":
+        from truetune import SFTConfig, SFTTrainer
+    else:
+        from trl import SFTConfig, SFTTrainer
+    recipe = RECIPES[RECIPE]
+    model, tokenizer, peft_config, options = load(system, recipe, str(directory / recipe.model), length)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(10, model.config.vocab_size, (length,), generator=generator).tolist() for _ in range(2)]
+    args = SFTConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=1, learning_rate=1e-5, bf16=True,
+        logging_steps=1, save_strategy="no", report_to=[], max_length=length, optim="adamw_torch_fused", seed=0,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    stamps: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "length": length,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+        "device_gib": round(total / 2**30, 3),
+        "seconds": round(stamps[1] - stamps[0], 2),
+    }
+
+
+def run_apart(system: str, directory: Path, length: int, peer_path: str, limit: float | None) -> dict | None:
+    variables = dict(os.environ)
+    if system != "truetune" and peer_path:
+        variables["PYTHONPATH"] = f"{peer_path}:{variables.get('PYTHONPATH', '')}"
+    command = [sys.executable, __file__, "--one", system, str(length), "--inputs", str(directory)]
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"{system} {length:,} tokens: more than {limit} s", flush=True)
+        return None
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        print(f"{system} {length:,} tokens: {done.stderr.strip().splitlines()[-1][:300]}", flush=True)
+        return None
+    result = json.loads(found[-1].removeprefix("RESULT "))
+    print(f"{system} {length:,} tokens: {result['peak_gib']:.2f} GiB, {result['seconds']:.1f} s", flush=True)
+    return result
+
+
+def longest(system: str, directory: Path, peer_path: str, limit: float | None) -> dict:
+    runs = [run_apart(system, directory, length, peer_path, limit) for length in MEASURED]
+    if None in runs:
+        return {"system": system, "runs": [run for run in runs if run], "longest": None}
+    short, long = (run for run in runs if run)
+    a_token = (long["peak_gib"] - short["peak_gib"]) / (long["length"] - short["length"])
+    full = short["length"] + (SPARE * short["device_gib"] - short["peak_gib"]) / a_token
+    length = int(full) // 1024 * 1024
+    found = None
+    while found is None and length > long["length"]:
+        found = run_apart(system, directory, length, peer_path, limit)
+        runs.append(found)
+        length = length * 7 // 8 // 1024 * 1024
+    longest_run = found or long
+    return {
+        "system": system,
+        "longest": longest_run["length"],
+        "by_the_line": int(full),
+        "kib_a_token": round(a_token * 2**20, 2),
+        "runs": [run for run in runs if run],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default="truetune,unsloth")
+    parser.add_argument("--inputs", type=Path, default=Path("/dev/shm/truetune-inputs"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peer-path", default="")
+    parser.add_argument("--limit", type=float, help="seconds that one length may take")
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "LENGTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        system, length = options.one
+        print("RESULT " + json.dumps(one_step(system, options.inputs, int(length))), flush=True)
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/bench_longest.py needs a CUDA GPU: it looks for the end of one's memory.")
+    maker = [sys.executable, str(Path(__file__).with_name("compare.py")), "--make", RECIPES[RECIPE].model]
+    subprocess.run([*maker, "--inputs", str(options.inputs)], check=True)
+    results = []
+    for system in options.systems.split(","):
+        results.append(longest(system, options.inputs, options.peer_path, options.limit))
+        if options.out:
+            options.out.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
+    for result in results:
+        print(f"{result['system']:12}{result['longest'] or 0:>12,} tokens")
+
+
+if __name__ == "__main__":
+    main()
