@@ -60,7 +60,7 @@ def one_step(system: str, directory: Path, length: int) -> dict:
         callbacks=[Clock()],
     )
     trainer.train()
-    free, total = torch.cuda.mem_get_info()
+    _, total = torch.cuda.mem_get_info()
     return {
         "length": length,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
