@@ -251,6 +251,7 @@ def test_the_advice_works(llama_8b):
     assert room.fits(replace(llama_8b, tokens=length), leanest)
     assert not room.fits(replace(llama_8b, tokens=length + 256), leanest)
     assert advice("keep", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
+    assert advice("runs/a/activation_plan.json", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
     assert "qlora" in advice("auto", llama_8b, Room(10 * GIB, 0), RATES, 4, 4096)
 
 

@@ -164,12 +164,12 @@ def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]
     Two choices a mix: the leaner one in the first layers, because the memory of the last ones is free again first, or
     spread over all, which gives each layer's copies the time of its neighbours.
     """
-    kinds: tuple[str, ...] = {
+    of_policy = {
         "keep": ("keep",),
         "lean": ("lean", "checkpoint_host") if has_host else ("checkpoint",),
         "offload": ("keep", "host", "offload"),
-        "auto": ("keep", "host", "recompute", "lean", "checkpoint", "checkpoint_host"),
-    }[policy]
+    }
+    kinds = of_policy.get(policy, tuple(choice for choice in CHOICES if choice != "offload"))
     kinds = tuple(kind for kind in kinds if has_host or kind not in ON_HOST)
     for kind in kinds:
         yield (kind,) * layers

@@ -96,19 +96,19 @@ def _num_items(batch: Mapping[str, Any]) -> int:
 
 
 class _LayerClock:
-    """Times the forward pass of a layer in the middle: the layers before it have compiled what it runs."""
+    """Times the forward pass of a layer: the shortest of all but the first, which compiles. From the third on they may
+    wait for copies to the host, which `layer_seconds` counts apart."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = fused_layers(model)
-        layer = layers[len(layers) // 2]
-        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.handles = [
-            layer.register_forward_pre_hook(lambda *_: self.begin.record()),
-            layer.register_forward_hook(lambda *_: self.end.record()),
-        ]
+        self.times = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in layers]
+        self.handles = []
+        for layer, (begin, end) in zip(layers, self.times, strict=True):
+            self.handles.append(layer.register_forward_pre_hook(lambda *_, begin=begin: begin.record()))
+            self.handles.append(layer.register_forward_hook(lambda *_, end=end: end.record()))
 
     def seconds(self) -> float:
-        return self.begin.elapsed_time(self.end) / 1e3
+        return min(begin.elapsed_time(end) for begin, end in self.times[1:] or self.times) / 1e3
 
     def stop(self) -> None:
         for handle in self.handles:
