@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -140,8 +140,10 @@ def _has_safetensors(adapter: str) -> bool:
         return (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).is_file()
     try:
         hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME)
-    except (EntryNotFoundError, LocalEntryNotFoundError):
+    except EntryNotFoundError:
         return False
+    except OSError as error:
+        raise TrainError(f"no adapter can be loaded from {adapter}: {_one_line(error)}") from error
     return True
 
 

@@ -94,6 +94,13 @@ def test_a_sweep_proves_once_and_trains_as_without(place, parity, capfd):
     assert parity == ["a", "c"]
 
 
+def test_full_fine_tuning_finds_its_proof_too(place, parity):
+    for name in ("a", "b"):
+        train(name, "method=full", f"training.learning_rate=1e-{len(parity) + 4}")
+    assert parity == ["a"]
+    assert {name for name, check in proof_of("b").items() if check["proven"]} == PROVEN
+
+
 def test_going_on_with_a_run_finds_its_proof(place, parity):
     train("a", "training.save_strategy=steps", "training.save_steps=1", "training.max_steps=2")
     train("a", "training.save_strategy=steps", "training.save_steps=1", "training.max_steps=2", resume=True)
