@@ -212,6 +212,20 @@ def test_a_check_that_broke_or_ran_out_of_memory_is_not_kept(place, parity, monk
     assert len(kept(place)) == 1
 
 
+def test_probes_that_had_no_documents_are_not_kept(place, parity, monkeypatch):
+    def broken(batch):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight_module, "documents_of", broken)
+        train("a")
+    assert {proof_of("a")[name]["verdict"] for name in ("leak probe", "reference parity")} == {"skip"}
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight_module, "documents_of", lambda batch: [])
+        train("b")
+    assert not kept(place)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

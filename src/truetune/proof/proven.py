@@ -16,6 +16,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from truetune.models.adapters import base_model
 from truetune.proof.result import Check
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,13 @@ class Proven:
 def _in_effect(trainer: Any) -> dict[str, Any]:
     """What decides a check beside the facts: a plan for less memory runs other code, another EOS ends no turn."""
     model, tokenizer = trainer.model, trainer.processing_class
+    generation = getattr(base_model(model), "generation_config", None)
     plan = trainer.activations.plan if trainer.activations else None
     return {
         "parts": [(line.part, line.asked, line.in_effect) for line in trainer.report.lines],
         "activations": plan and plan.choices,
         "config": model.config.to_dict(),
-        "generation_config": model.generation_config.to_dict() if model.can_generate() else None,
+        "generation_config": generation and generation.to_dict(),
         "adapter": model.active_peft_config.to_dict() if isinstance(model, PeftModel) else None,
         "special_tokens": [tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.eos_token_id],
     }
