@@ -1,6 +1,8 @@
 """The command line: quick help, the right exit codes, and one sentence for each of a user's mistakes."""
 
 import json
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -289,6 +291,42 @@ def changed_model(**files):
     return copy
 
 
+class Bomb:
+    """Whoever unpickles it makes a directory, which is seen."""
+
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+BROUGHT_CODE = b"""import os
+os.mkdir("imported")
+"""
+
+
+def pickled_weights(place):
+    changed_model(model=None)(place)
+    (place / "llama" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def pickled_adapter(place):
+    (place / "adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(place / "llama"), "r": 2}
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (place / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def own_code(place):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    changed_model(config=json.dumps(config).encode())(place)
+    (place / "llama" / "own.py").write_bytes(BROUGHT_CODE)
+
+
+def own_tokenizer_code(place):
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    changed_model(tokenizer=None, tokenizer_config=json.dumps(config).encode())(place)
+    (place / "llama" / "own.py").write_bytes(BROUGHT_CODE)
+
+
 def nothing(place):
     pass
 
@@ -371,6 +409,9 @@ BAD_MODEL = [
     ("no tokenizer", changed_model(tokenizer=None, tokenizer_config=None), TRAIN, "tokenizer"),
     ("no chat template", changed_model(chat_template=None), TRAIN, "chat_template"),
     ("no adapter", nothing, [*TRAIN, "adapter=./none"], "none"),
+    ("a pickled adapter", pickled_adapter, [*TRAIN, "adapter=adapter"], "pickled weights, which can run code"),
+    ("code of its own", own_code, TRAIN, "training.trust_remote_code: true"),
+    ("a tokenizer with code of its own", own_tokenizer_code, TRAIN, "training.trust_remote_code: true"),
 ]
 BAD_OUTPUT = [
     ("output below a file", nothing, [*TRAIN[:5], "--output", "chats.jsonl/out"], "chats.jsonl is a file"),
@@ -386,6 +427,7 @@ has = {"liger_kernel": find_spec("liger_kernel") is not None, "a GPU": Path("/de
 CASES = NO_RECIPE + BAD_DATA + BAD_MODEL + BAD_OUTPUT + [case for case in NOT_HERE if not has[case[0]]]
 LATE = [  # what only the weights can tell
     ("broken weights", changed_model(model=b"nothing"), TRAIN, "llama"),
+    ("pickled weights", pickled_weights, TRAIN, "use_safetensors: false"),
     ("no package to report with", nothing, [*TRAIN, "training.report_to=mlflow"], "mlflow"),
     ("no such argument of the model", nothing, [*TRAIN, "training.model_init_kwargs={foo: 1}"], "foo"),
     ("no module to save", nothing, [*TRAIN, "lora.modules_to_save=[lm_hed]"], "lm_hed"),

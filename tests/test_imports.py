@@ -17,7 +17,7 @@ LEVELS = (
     {"train", "export", "demo"},
     {"proof"},  # knows a trainer by what it can do, because a trainer runs it
     {"models"},
-    {"ops", "data"},
+    {"ops", "data", "cache"},
 )
 ALONE = {"ops", "data"}  # may be used on their own: they import nothing else of ours
 

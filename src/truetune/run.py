@@ -36,6 +36,7 @@ from truetune.run_model import (
 )
 from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
 from truetune.run_plan import print_whether_it_fits
+from truetune.run_proven import proven_before
 from truetune.run_record import MetricsFile, as_written, finished, new_record, read_record, with_model, write_json
 from truetune.run_resume import check_same_run
 from truetune.train.checkpoints import checkpoint_step
@@ -114,6 +115,7 @@ def train(
             check_same_run(output, before, as_written(record), recipe.allow)
             resumed_from = [*before["resumed_from"], 0 if checkpoint is None else checkpoint_step(checkpoint)]
             record |= {"started": before["started"], "resumed_from": resumed_from}
+        trainer.proving.proven = proven_before(recipe, record)
         interrupted = _fit(trainer, recipe, record, data, checkpoint, console)
     if isinstance(data, DocumentStream):
         console.print("Read from the stream, what is trained and what still lay in the buffer:")

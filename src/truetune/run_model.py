@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from truetune import demo
@@ -118,11 +121,10 @@ def check_adapter(recipe: Recipe) -> None:
         raise TrainError(f"no adapter can be loaded from {recipe.adapter}: {_one_line(error)}") from error
     if config.peft_type != "LORA":
         raise TrainError(f"the adapter {recipe.adapter} is {config.peft_type.value}: only LORA can be trained on.")
-    adapter = Path(recipe.adapter)
-    if adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():
+    if not _has_safetensors(recipe.adapter):
         raise TrainError(
-            f"{adapter} has no adapter_model.safetensors, and pickled weights, which can run code, are not read: "
-            "convert them to safetensors."
+            f"{recipe.adapter} has no adapter_model.safetensors, and pickled weights, which can run code, are not "
+            "read: convert them to safetensors."
         )
     made_on, base = config.base_model_name_or_path, model_path(recipe)
     if made_on != base and "adapter_base" not in recipe.allow:
@@ -130,6 +132,19 @@ def check_adapter(recipe: Recipe) -> None:
             f"the adapter {recipe.adapter} was made on {made_on}, but the recipe's model is {base}: name that model, "
             "or, where they are the same weights, accept it with allow: [adapter_base]."
         )
+
+
+def _has_safetensors(adapter: str) -> bool:
+    """Of a directory, or on the Hub, where PEFT would take pickled weights instead."""
+    if os.path.isdir(adapter):
+        return (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).is_file()
+    try:
+        hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME)
+    except EntryNotFoundError:
+        return False
+    except OSError as error:
+        raise TrainError(f"no adapter can be loaded from {adapter}: {_one_line(error)}") from error
+    return True
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:

@@ -52,6 +52,7 @@ def check_output(path: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """
     if resume and overwrite:
         raise TrainError("--resume keeps what --overwrite replaces: give one of them.")
+    _refuse_ways_out(path)
     holds_files = path.is_dir() and any(path.iterdir())
     if resume:
         checkpoint = last_checkpoint(path)
@@ -64,6 +65,18 @@ def check_output(path: Path, *, resume: bool, overwrite: bool) -> Path | None:
             f"{path} is not empty: go on there with --resume, replace it with --overwrite, or choose another output."
         )
     return None
+
+
+def _refuse_ways_out(output: Path) -> None:
+    """A link that somebody left in the directory would have checkpoints or results written to where it leads."""
+    inside = output.resolve()
+    for directory, subdirectories, files in os.walk(output):
+        for path in (Path(directory, name) for name in (*subdirectories, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise TrainError(
+                    f"{path} is a link that leads out of the output directory, to {os.readlink(path)}: remove it, or "
+                    "choose another output."
+                )
 
 
 @contextmanager

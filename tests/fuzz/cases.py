@@ -1,7 +1,7 @@
-# ruff: noqa: E501
 """How many cases a fuzz test runs, and what an error has to be like.
 
-The ordinary test run has the same few hundred cases every time; `make fuzz` sets TRUETUNE_FUZZ=20000 and draws new ones.
+The ordinary test run has the same few hundred cases every time; `make fuzz` sets TRUETUNE_FUZZ=20000 and draws new
+ones.
 """
 
 import os
@@ -62,6 +62,11 @@ values = st.recursive(
 )
 
 
+def is_text(value: str) -> bool:
+    """Whether no half of a surrogate pair is in it."""
+    return value.isascii() or value.encode("utf-8", "replace").decode() == value
+
+
 def nested(depth: int) -> list:
     """`depth` lists in each other, as nobody's data has."""
     value: list = []
@@ -70,8 +75,21 @@ def nested(depth: int) -> list:
     return value
 
 
-def assert_one_sentence(error: Exception) -> None:
-    """What `truetune` prints of it is one line of printable text that a person can take in."""
+def assert_one_sentence(error: Exception, about: tuple[str, ...] = ("",)) -> None:
+    """What `truetune` prints of it is one line of printable text that a person can take in. It names one of `about`."""
+    assert any(name in str(error) for name in about)
     said = _one_sentence(str(error))
     assert said.isprintable()
     assert 10 < len(said) < 1500
+
+
+def runs_of(tokenizer, document) -> list[str]:
+    """The text of each stretch of supervised tokens."""
+    runs, run = [], []
+    for token, label in zip([*document.input_ids, None], [*document.labels, -100], strict=True):
+        if label != -100:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs

@@ -11,7 +11,7 @@ from truetune.data.chat import COUNTS, Encoder
 from truetune.data.rows import Row
 from truetune.data.templates import BUILTIN_TEMPLATES
 
-from .cases import Mistake, assert_one_sentence, fuzzed, texts
+from .cases import Mistake, assert_one_sentence, fuzzed, runs_of, texts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -220,17 +220,6 @@ def conversations(draw) -> list[dict]:
         {"role": names[role], "content": draw(surroundings).format(f"{names[role][0]}{i}qz{i}")}
         for i, role in enumerate(roles)
     ]
-
-
-def runs_of(tokenizer, document) -> list[str]:
-    runs, run = [], []
-    for token, label in zip([*document.input_ids, None], [*document.labels, -100], strict=True):
-        if label != -100:
-            run.append(token)
-        elif run:
-            runs.append(tokenizer.decode(run))
-            run = []
-    return runs
 
 
 @fuzzed

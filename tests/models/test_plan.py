@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from models.test_fuse import MODELS, SIZES, make, packed_batch, with_lora
+from models.small_models import MODELS, SIZES, make, packed_batch, with_lora
 from truetune.models.errors import ModelError
 from truetune.models.fuse import fuse
 from truetune.models.memory import (

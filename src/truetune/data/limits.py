@@ -24,8 +24,25 @@ def limited() -> Iterator[None]:
 
     Python has signals in the main thread alone and Linux alone bounds a process's memory; elsewhere it does nothing.
     """
-    with _limited_memory(), _limited_time():
+    with _nothing_said_of_destructors(), _limited_memory(), _limited_time():
         yield
+
+
+@contextmanager
+def _nothing_said_of_destructors() -> Iterator[None]:
+    """Python can only report what is raised inside a destructor, as an ignored traceback on stderr. The limits' own
+    errors are not worth one: time that has run out is raised again, and memory that is short will be so again."""
+    before = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, OutOfTime | MemoryError):
+            before(unraisable)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
@@ -41,9 +58,12 @@ def _limited_time() -> Iterator[None]:
     # raised inside a destructor is lost.
     before = signal.signal(signal.SIGVTALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
-        yield
-    finally:
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:  # once more, because the signal may have come in the line above
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from truetune.cache import cache_directory
 from truetune.data.errors import DataError
 from truetune.demo import data
 
@@ -91,7 +91,7 @@ def train_tokenizer(examples: list[data.Example]):
 def _cached(name: str, build: Callable[[Path], None]) -> Path:
     """The directory that `build` fills, kept by the code that made it; written beside and renamed into place."""
     code = b"".join(Path(module).read_bytes() for module in (__file__, data.__file__))
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "truetune"
+    root = cache_directory()
     target = root / f"demo-{name}-{hashlib.sha256(code).hexdigest()[:12]}"
     if target.is_dir():
         return target

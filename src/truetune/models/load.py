@@ -195,7 +195,8 @@ def _refuse_pickled_weights(path: Path) -> None:
     if any(path.glob("*.bin")):
         raise ModelError(
             f"{path} has only pickled weights, which can run code when they are read: "
-            "convert them to safetensors, or pass use_safetensors=False."
+            "convert them to safetensors, or pass use_safetensors=False (in a recipe "
+            "training.model_init_kwargs: {use_safetensors: false})."
         )
     raise ModelError(f"{path} has no weights (*.safetensors): give a whole checkpoint.")
 
@@ -220,7 +221,10 @@ def _model_error(name_or_path: str | os.PathLike, part: str, error: Exception) -
     """The one sentence for what the Hub or Transformers raised."""
     origin = error.__cause__ or error.__context__ or error
     if "trust_remote_code" in str(error):
-        message = f"{name_or_path} brings code of its own: allow it with trust_remote_code=True."
+        message = (
+            f"{name_or_path} brings code of its own: allow it with trust_remote_code=True (in a recipe "
+            "training.trust_remote_code: true)."
+        )
     elif isinstance(origin, GatedRepoError):
         message = f"{name_or_path} is gated on the Hub: accept its terms there, and log in with `hf auth login`."
     elif isinstance(origin, RevisionNotFoundError):

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import Document, documents_of, excerpt
 from truetune.proof.leaks import check_leaks
 from truetune.proof.parity import check_parity
+from truetune.proof.proven import REUSED, Proven
 from truetune.proof.result import Check, Proof, accepted, failure
 from truetune.proof.storage import check_disk, check_export
 from truetune.proof.supervision import Limits, audit
@@ -30,21 +31,29 @@ def check_level(level: str) -> None:
         raise ProofError(f"preflight {level!r} is unknown: use one of {', '.join(LEVELS)}.")
 
 
-def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Proof:
+def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven: Proven | None = None) -> Proof:
     """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
 
     The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads` and
-    `activations`. Weights, gradients, buffers and random states are afterwards what they were.
+    `activations`. Weights, gradients, buffers and random states are afterwards what they were. `proven`: where checks
+    that need not be made again are found and kept.
     """
     begun = time.perf_counter()
     proof = Proof()
+    known = proven.find(trainer) if proven else {}
+    made: dict[str, list[Check]] = {}  # and whole
 
     def run(name: str, check: Callable[[], Check | Sequence[Check] | None]) -> None:
+        if name in known:
+            proof.checks += known[name]
+            return
         found: Check | Sequence[Check] | None
         out_of_memory: Check | None = None
+        whole = False
         try:
             with untouched(trainer.model):
                 found = check()
+            whole = True
         except torch.OutOfMemoryError:
             found = out_of_memory = Check(name, "not run: out of device memory", "", "skip")
         except Exception as error:  # no reason to stop a run, and no proof either
@@ -55,7 +64,10 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Pro
         if out_of_memory:  # the frames that held its tensors are gone
             forget_failure(trainer.model)
         several = [] if found is None else [found] if isinstance(found, Check) else found
-        proof.checks += [accepted(check, allow) for check in several]
+        several = [accepted(check, allow) for check in several]
+        proof.checks += several
+        if whole:
+            made[name] = several
 
     run("weights", lambda: check_weights(trainer.model))
     run("adapter targets", lambda: check_targets(trainer.model))
@@ -68,15 +80,24 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits) -> Pro
             batch = trainer.first_batch()
             some.extend(excerpt([] if batch is None else documents_of(batch), EXCERPT[level], DOCUMENTS))
 
-        run("first documents", first_documents)
+        if not {"leak probe", "reference parity"} <= set(known):
+            run("first documents", first_documents)
         run("leak probe", lambda: check_leaks(trainer, some))
         run("reference parity", lambda: check_parity(trainer, some))
     run("disk", lambda: check_disk(trainer))
     if level == "full":
         run("export", lambda: check_export(trainer.model))
     forget_memory()
+    if proven and not known and not proof.failures and _is_whole(made) and trainer.is_world_process_zero():
+        proven.keep(trainer, {name: made[name] for name in REUSED})
     proof.seconds = time.perf_counter() - begun
     return proof
+
+
+def _is_whole(made: Mapping[str, Sequence[Check]]) -> bool:
+    """Whether nothing broke, and the first documents, which another seed has others of, were enough for the probes."""
+    probes = ("leak probe", "reference parity")
+    return {*REUSED, "first documents"} <= set(made) and all(c.verdict != "skip" for name in probes for c in made[name])
 
 
 def stop_on(failures: Sequence[Check]) -> None:

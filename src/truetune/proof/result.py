@@ -19,6 +19,7 @@ class Check:
     mend: of a warning or failure, a clause that names the cause and what to do
     allow: the name by which a failure can be accepted
     details: numbers and rows behind `seen`, for proof.json
+    proven: the day on which an earlier run made this check, which this one did not make again
     """
 
     name: str
@@ -28,6 +29,7 @@ class Check:
     mend: str = ""
     allow: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    proven: str = ""
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Proof:
             table.add_column(column, overflow="fold")
         for check in self.checks:
             style = STYLES[check.verdict]
-            texts = (escape(text) for text in (check.name, check.seen, check.limit))  # a token may be [/INST]
+            seen = check.seen + (f" (proven before, on {check.proven})" if check.proven else "")
+            texts = (escape(text) for text in (check.name, seen, check.limit))  # a token may be [/INST]
             table.add_row(*texts, f"[{style}]{check.verdict}[/{style}]")
         return table
 

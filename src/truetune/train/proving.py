@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from truetune.proof.preflight import check_level, preflight, stop_on
+from truetune.proof.proven import Proven
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.result import Check, Proof, accepted
 from truetune.proof.supervision import Limits
@@ -23,7 +24,7 @@ PROOF_FILE = "proof.json"
 
 
 class Proving(TrainerCallback):
-    """`SFTConfig.preflight` of one trainer. `proof`: what was found so far."""
+    """`SFTConfig.preflight` of one trainer. `proof`: what was found so far; `proven`: what earlier runs found."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -31,11 +32,12 @@ class Proving(TrainerCallback):
         check_level(self.level)
         self.limits = Limits.of(own_setting(trainer.args, "preflight_limits"))
         self.proof = Proof()
+        self.proven: Proven | None = None
         self.watch = Watch()
 
     def preflight(self) -> Proof:
         """The checks before a training. Nothing that it depends on changes, and a failure raises nothing here."""
-        self.proof = preflight(self.trainer, self.level, self.allow, self.limits)
+        self.proof = preflight(self.trainer, self.level, self.allow, self.limits, self.proven)
         self._print(self.proof)
         return self.proof
 
