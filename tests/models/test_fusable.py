@@ -199,6 +199,27 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_parameters():
     assert not copied(**inputs).logits.any()
 
 
+def test_every_module_has_the_mode_that_was_asked_for_and_none_is_asked_twice(monkeypatch):
+    model = with_lora(make("qwen3"))
+    fuse(model)
+    copied, embedding = copy.deepcopy(model), model.get_input_embeddings()
+    asked = []
+    monkeypatch.setattr(type(embedding), "train", lambda self, mode=True: asked.append(mode))
+    model.eval()
+    copied.train()
+    assert asked == [False] and not any(m.training for m in model.modules() if m is not embedding)
+    embedding.training = False
+    for _ in range(2):
+        model.eval()
+    assert asked == [False]
+    monkeypatch.undo()
+    model.train()
+    fused_layers(model)[1].mlp.down_proj.eval()
+    assert model.train() is model and all(module.training for module in model.modules())
+    unfuse(model)
+    assert "train" not in vars(model) and "train" in vars(copied)
+
+
 def test_generation_with_a_cache_is_the_same_fused_and_not():
     model = make("qwen3").eval()
     prompt = torch.randint(3, 199, (2, 7))
