@@ -167,11 +167,11 @@ def test_a_run_says_whether_it_fits_before_any_weight_is_there(qwen_8b):
 
 def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
     recipe = ("plan", "--model", "qwen", "--data", "none.jsonl", "--memory", "24", "--json", "max_length=8192")
-    code, out, _ = run(capfd, *recipe, "training.per_device_train_batch_size=4")
+    code, out, _ = run(capfd, *recipe, "training.per_device_train_batch_size=8")
     mend = json.loads(out)["mend"]
     assert code == 1
     words, rows = mend[:-1], mend[-1]
-    assert words == "lower per_device_train_batch_size from 4 to "
+    assert words == "lower per_device_train_batch_size from 8 to "
     code, out, _ = run(capfd, *recipe, f"training.per_device_train_batch_size={rows}")
     assert (code, json.loads(out)["fits"]) == (0, True)
 
