@@ -16,7 +16,7 @@ SIZES = {
 
 @pytest.fixture
 def make(tokenizer, gsm8k_rows, tmp_path):
-    """make(model_type, lora=True, adapter=None, sizes={}, rows=None, evaluate=False, **fields of SFTConfig) -> trainer"""
+    """make(model_type, lora=True, adapter=None, sizes={}, rows=None, evaluate=False, **fields) -> trainer"""
 
     def make(model_type="llama", *, lora=True, adapter=None, sizes=None, rows=None, callbacks=None, evaluate=False,
              **fields):  # fmt: skip
@@ -36,7 +36,8 @@ def make(tokenizer, gsm8k_rows, tmp_path):
             adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
         return SFTTrainer(
             model=model, args=SFTConfig(**{**settings, **fields}), train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(eval_rows) if evaluate else None, processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
+            eval_dataset=Dataset.from_list(eval_rows) if evaluate else None,
+            processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
         )  # fmt: skip
 
     return make

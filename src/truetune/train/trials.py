@@ -150,13 +150,14 @@ def _make_optimizer(trainer: Any, step: bool = True) -> None:
         trainer.args.save_only_model, trainer.optimizer = True, None
         return
     trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    optimizer: torch.optim.Optimizer = trainer.optimizer
     if not step:
         return
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 1e-3)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _same(one: Any, other: Any) -> bool:
