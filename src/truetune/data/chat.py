@@ -9,7 +9,6 @@ an answer is left unsupervised.
 
 import hashlib
 import json
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ IGNORE_INDEX = -100
 # Whose text a token is; a document holds indexes of these. An answer includes the token that ends it; what the chat
 # template writes round and between messages (tool calls and reasoning of prompts too) is "template".
 TEXT_ROLES = ("template", *ROLES, "prompt", "completion", "text")
-_LONGEST_WORD = 16
 _INDEX = {role: index for index, role in enumerate(TEXT_ROLES)}
 
 # What `Encoder.encode` counts, in words for a report.
@@ -272,20 +270,22 @@ def _mark_messages(roles: bytearray, segment: Segment, offset: int, first_token:
     place = 0
     for message in segment.messages:
         content = str(message["content"]).strip()
-        start = _find(content, segment.text, place)
-        if content and start >= 0:
+        start = _find(content, segment.text, place) if content else -1
+        if start >= 0:
             place = start + len(content)
             _mark(roles, message["role"], offset + start, offset + place, first_token)
 
 
 def _find(content: str, text: str, place: int) -> int:
-    """Where `content` stands from `place` on, or -1. A short one may also be part of a word of the template: an answer
-    "a" of "<|im_start|>"."""
-    if len(content) < _LONGEST_WORD:
-        word = re.compile(rf"(?<!\w){re.escape(content)}(?!\w)").search(text, place)
-        if word is not None:
-            return word.start()
-    return text.find(content, place)
+    """Where `content` stands from `place` on, or -1; rather as a word of its own, because an answer "a" is also a part
+    of the template's "<|im_start|>"."""
+    first = start = text.find(content, place)
+    while start >= 0:
+        around = text[max(0, start - 1) : start] + text[start + len(content) : start + len(content) + 1]
+        if not any(map(str.isalnum, around)):
+            return start
+        start = text.find(content, start + 1)
+    return first
 
 
 def _mark(roles: bytearray, role: str, start: int, end: int, first_token: FirstToken) -> None:
