@@ -14,6 +14,7 @@ from truetune.data.breakdown import breakdown
 from truetune.data.collate import collate_documents
 from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
+from truetune.proof.drift import GIB, device_bytes, process_bytes
 from truetune.proof.supervision import Documents
 from truetune.train.batches import document_lengths, longest
 from truetune.train.errors import TrainError
@@ -177,6 +178,10 @@ class RecipeTrainer(SFTTrainer):
             # Of one source there are no sums of its own.
             named = zip(parts, *sums, strict=False)
             logs |= {f"{prefix}_{part}": total / count for part, total, count in named if count}
+        if mode == "train" and "loss" in logs:
+            used = device_bytes(self.args.device) or process_bytes()
+            if used is not None:
+                logs["memory_gib"] = round(used / GIB, 4)
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
