@@ -47,7 +47,7 @@ def test_the_parts_are_the_loss(tokenizer, rows, tmp_path):
 # -- by source ---------------------------------------------------------------------------------------------------------
 
 
-def test_sources_are_told_by_the_token_that_is_predicted():
+def test_sources_are_told_by_document():
     documents = [
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
@@ -105,7 +105,6 @@ def test_each_source_has_the_loss_of_its_documents_alone(tokenizer, rows, tmp_pa
 def test_the_losses_of_sources_are_parts_of_the_training_loss(tokenizer, rows, tmp_path):
     """One step a log that holds all documents: the supervised tokens of each source are known."""
     paths = [0, 1, 1, 0, 1, 0, 0, 1]
-    trainer = source_trainer(tokenizer, rows[:8], tmp_path, paths, gradient_accumulation_steps=8)
     losses = []
     for sources in (("/data/sums.jsonl", "/data/texts.jsonl"), ()):
         trainer = source_trainer(tokenizer, rows[:8], tmp_path, paths, sources, gradient_accumulation_steps=8)

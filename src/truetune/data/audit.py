@@ -59,7 +59,8 @@ def supervised_spans(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int
 
 
 def summary(prepared: Prepared, packing: int | None = None) -> dict[str, Any]:
-    """The counts (see `Counts`), the shape of each source, what is trained by source and role, and, with `packing` tokens a pack, packs and efficiency."""
+    """The counts (see `Counts`), the shape of each source, what is trained by source and role (see `breakdown`), and,
+    with `packing` tokens a pack, packs and efficiency."""
     result = {**prepared.counts.to_dict(), "shapes": prepared.shapes}
     result |= breakdown(prepared.documents, list(prepared.shapes))
     if packing is not None:

@@ -44,7 +44,8 @@ class Counts:
 
     truncated, split: documents over max_length of which something is trained; lost_tokens and lost_supervised are what
     cutting took from them, and cut_off_supervised what it took from documents of which nothing is left. dropped:
-    documents without a supervised token, by reason; dropped_rows: rows that have no document left. encoder: the encoder's own counts. lengths: documents by their tokens ("129-256": 17).
+    documents without a supervised token, by reason; dropped_rows: rows that have no document left. encoder: the
+    encoder's own counts. lengths: documents by their tokens ("129-256": 17).
     """
 
     rows: int

@@ -32,8 +32,8 @@ DEAD_LOGS = 5
 
 
 class Watch(TrainerCallback):
-    """Raises `ProofError` where a logged loss or gradient norm is not finite; warns of spikes, of a rate of zero, and of
-    what `drift.py` sees."""
+    """Raises `ProofError` where a logged loss or gradient norm is not finite; warns of spikes, of a rate of zero, and
+    of what `drift.py` sees."""
 
     def __init__(self) -> None:
         self.batches: deque[dict[str, Tensor]] = deque(maxlen=KEPT_BATCHES)
@@ -61,8 +61,8 @@ class Watch(TrainerCallback):
         self._pause(state)
 
     def _pause(self, state) -> None:
-        """Something else than training took its time. Right behind a log the clock begins anew; an interval with a pause
-        in the middle is no measure, because the device may have trained on in it."""
+        """Something else than training took its time. Right behind a log the clock begins anew; an interval with a
+        pause in the middle is no measure, because the device may have trained on in it."""
         step, tokens, _ = self.logged or (-1, 0.0, 0.0)
         self.logged = (step, tokens, time.monotonic()) if step == state.global_step else None
 

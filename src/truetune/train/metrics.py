@@ -55,9 +55,9 @@ def nll_by_kind(nll_K: torch.Tensor, labels_T: torch.Tensor, rows_K: torch.Tenso
 
 
 def nll_by_source(nll_K: torch.Tensor, source_T: torch.Tensor, rows_K: torch.Tensor, sources: int) -> torch.Tensor:
-    """fp32 [2, sources]: the same sums and counts, by the source of each supervised token."""
+    """fp32 [2, sources]: the same sums and counts, by the source of each row's document."""
     # One product, whose order of sums is always the same: index_add on a GPU has none.
-    is_source_SK = (source_T[rows_K + 1] == torch.arange(sources, device=source_T.device)[:, None]).float()
+    is_source_SK = (source_T[rows_K] == torch.arange(sources, device=source_T.device)[:, None]).float()
     return torch.stack([is_source_SK @ nll_K.float(), is_source_SK.sum(1)])
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -59,7 +59,7 @@ class SFTTrainer(trl.SFTTrainer):
     Raises `TrainError` where something set explicitly cannot be had.
     """
 
-    trials = {
+    trials: ClassVar = {
         "largest batch": check_largest_batch,
         "evaluation step": check_evaluation_batch,
         "checkpoint": check_checkpoint,

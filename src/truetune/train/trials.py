@@ -150,7 +150,7 @@ def _make_optimizer(trainer: Any, step: bool = True) -> None:
         trainer.args.save_only_model, trainer.optimizer = True, None
         return
     trainer.create_optimizer_and_scheduler(num_training_steps=2)
-    optimizer: torch.optim.Optimizer = trainer.optimizer
+    optimizer: Any = trainer.optimizer
     if not step:
         return
     for parameter in trainer.model.parameters():
