@@ -206,7 +206,8 @@ def test_several_sources_have_losses_and_counts_of_their_own(tmp_path, settings,
         "".join(f'{{"user": "Say {i} yes", "assistant": "yes yes yes yes"}}\n' for i in range(60))
     )
     sources = f"[{settings['data'][1:-1]}, {{path: {tmp_path}/words.jsonl}}]"
-    several = {"data": sources, "eval_data": sources, "streaming": streaming, "method": "full", "training.max_steps": "30",
+    several = {"data": sources, "eval_data": sources, "streaming": streaming, "method": "full",
+               "training.max_steps": "30",
                "training.eval_strategy": "steps", "training.eval_steps": "30"}  # fmt: skip
     output = run(tmp_path / "run", settings | several, overwrite=True).output_dir
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

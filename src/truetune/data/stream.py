@@ -31,7 +31,8 @@ class DocumentStream:
     """What `prepare` makes of rows, in their order, from sources that are read as the documents are asked for.
 
     documents: `input_ids` and `labels` (int32 arrays) and `source` (an index into `shapes`) of each; every iteration is
-        a pass over the sources from the start. It raises `DataError` for a row that cannot be read, and where no document is to be had.
+        a pass over the sources from the start. It raises `DataError` for a row that cannot be read, and where no
+        document is to be had.
     counts: of the rows read so far, each counted once however often it is read; its `lengths` stay empty
     shapes: the recognised shape of each source
     """
