@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 from rich.console import Console
 
 from truetune.proof.errors import ProofError
@@ -96,6 +97,40 @@ def test_a_checkpoint_that_breaks_off_leaves_no_trace(make, verdicts, monkeypatc
         patch.setattr(trl.SFTTrainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: breaks(checkpoint))
         assert verdicts(trainer.preflight())["checkpoint"] == "warn"
     assert_same_bits(bits(trainer), before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "held"),
+    [
+        ({"optim": "adamw_8bit"}, "weights and optimizer"),
+        ({"optim": "adafactor"}, "weights and optimizer"),
+        ({"optim": "sgd", "lr_scheduler_type": "cosine"}, "weights and optimizer"),
+        ({"stochastic_rounding": True, "lora": False, "dtype": torch.bfloat16, "bf16": True}, "weights and optimizer"),
+        ({"save_only_model": True}, "weights"),
+        ({"adapter": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])}, "weights and optimizer"),
+        ({"adapter": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])}, "weights and optim"),
+        ({"adapter": LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])}, "weights and optimizer"),
+        ({"embedding_learning_rate": 1e-4, "lora": False}, "weights and optimizer"),
+        ({"loraplus_lr_ratio": 4.0}, "weights and optimizer"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_checkpoints_of_all_kinds_are_rehearsed(make, fields, held):
+    dtype = {key: fields[key] for key in fields if key == "dtype"}
+    trainer = make(preflight="full", save_strategy="steps", **{k: v for k, v in fields.items() if k != "dtype"})
+    trainer.model.to(**dtype)
+    before = bits(trainer)
+    found = {check.name: check for check in trainer.preflight().checks}["checkpoint"]
+    assert found.verdict == "pass" and found.seen.startswith(held), found
+    assert_same_bits(bits(trainer), before)
+
+
+def test_an_optimizer_that_cannot_be_had_is_said_before_the_first_step(make):
+    trainer = make(preflight="full", save_strategy="steps", embedding_learning_rate=1e-4)
+    with pytest.raises(
+        ProofError, match="the optimizer cannot be made, .*; embedding_learning_rate is set, but no emb"
+    ):
+        trainer.train()
 
 
 def test_what_a_cpu_takes_minutes_for_is_not_tried(make, verdicts, monkeypatch):

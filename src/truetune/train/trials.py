@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from truetune.proof.result import Check, Verdict
 from truetune.proof.storage import MOST_BYTES
 from truetune.proof.untouched import forget_failure
+from truetune.train.errors import TrainError
 from truetune.train.rehearsal import forward_backward, forward_evaluating
 
 MOST_CPU_FLOPS = 2e12  # of a batch that is tried on a CPU: less than a minute on two cores
@@ -74,7 +75,10 @@ def check_checkpoint(trainer: Any) -> Check:
         return Check(name, f"not tried: {why}", limit, "skip")
     with _on_copies(trainer) as weights, tempfile.TemporaryDirectory() as directory:
         trainer.args.output_dir, trainer.args.push_to_hub = directory, False
-        _make_optimizer(trainer)
+        try:
+            _make_optimizer(trainer)
+        except TrainError as error:
+            return Check(name, "the optimizer cannot be made", limit, "fail", str(error).removesuffix("."))
         saved = {key: parameter.detach().clone() for key, parameter in weights.items()}
         state = None if trainer.optimizer is None else copy.deepcopy(trainer.optimizer.state_dict())
         trainer._save_checkpoint(trainer.model, None)
