@@ -128,7 +128,7 @@ def test_checkpoints_of_all_kinds_are_rehearsed(make, fields, held):
 def test_an_optimizer_that_cannot_be_had_is_said_before_the_first_step(make):
     trainer = make(preflight="full", save_strategy="steps", embedding_learning_rate=1e-4)
     with pytest.raises(
-        ProofError, match="the optimizer cannot be made, .*; embedding_learning_rate is set, but no emb"
+        ProofError, match=r"the optimizer cannot be made, .*; embedding_learning_rate is set, but no emb"
     ):
         trainer.train()
 
