@@ -22,7 +22,9 @@ from truetune.train.checkpoints import last_checkpoint
 from truetune.train.recipe_trainer import RecipeTrainer
 
 ROWS = 40
-TIMINGS = ("seconds", "tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+MEASURED = (
+    "seconds", "tokens_per_second", "memory_gib", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
+)  # fmt: skip
 # Dropout draws random numbers, sums are logged every third step, an epoch's last step is evaluated and saved.
 RECIPE = {
     "model": demo.BUILTIN,
@@ -105,7 +107,7 @@ class Run:
     def metrics(self) -> list[dict]:
         """Every line, all but what is timed."""
         lines = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+        return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def assert_same_to_the_bit(resumed: Run, whole: Run) -> None:

@@ -199,6 +199,39 @@ def test_every_key_of_the_record_and_the_metrics_is_documented(lora_run):
     assert not [key for key in sorted(keys) if f"`{key}`" not in documented]
 
 
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_several_sources_have_losses_and_counts_of_their_own(tmp_path, settings, gsm8k, streaming):
+    """The second source's answers are all one word, which is soon learnt: its loss tells whose is whose."""
+    (tmp_path / "words.jsonl").write_text(
+        "".join(f'{{"user": "Say {i} yes", "assistant": "yes yes yes yes"}}\n' for i in range(60))
+    )
+    sources = f"[{settings['data'][1:-1]}, {{path: {tmp_path}/words.jsonl}}]"
+    several = {"data": sources, "eval_data": sources, "streaming": streaming, "method": "full",
+               "training.max_steps": "30",
+               "training.eval_strategy": "steps", "training.eval_steps": "30"}  # fmt: skip
+    output = run(tmp_path / "run", settings | several, overwrite=True).output_dir
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    train, last = [line for line in lines if line["kind"] == "train"], lines[-1]
+    assert any({"loss_source_gsm8k", "loss_source_words"} <= line.keys() for line in train)
+    assert last["eval_loss_source_words"] < 0.5 * last["eval_loss_source_gsm8k"]
+    assert all(line["memory_gib"] > 0.1 for line in train)
+    documented = (Path(__file__).parents[1] / "docs" / "output.md").read_text()
+    assert "`loss_source_<name>`" in documented and "`memory_gib`" in documented
+    proof = json.loads((output / "proof.json").read_text())
+    checks = {check["name"]: check for check in proof["checks"]}
+    assert checks["losses by source"]["seen"] == (
+        f"loss_source_gsm8k: {gsm8k}; loss_source_words: {tmp_path}/words.jsonl"
+    )
+    if streaming == "false":
+        counts = json.loads((output / "run.json").read_text())["data"]
+        found = checks["sources"]["details"]
+        assert found[str(gsm8k)]["rows"] == ROWS and found[f"{tmp_path}/words.jsonl"]["rows"] == 60
+        assert sum(of["supervised"] for of in found.values()) == counts["supervised"]
+        roles = checks["roles"]["details"]
+        assert roles["assistant"]["supervised"] == counts["supervised"] and roles["user"]["supervised"] == 0
+        assert f"assistant: {ROWS + 60} rows" in checks["roles"]["seen"]
+
+
 LOAD = """
 import sys, torch
 from peft import AutoPeftModelForCausalLM

@@ -210,6 +210,8 @@ def make_trainer(
             processing_class=tokenizer,
             pack=recipe.packing,
             counts=data.counts.to_dict(),
+            sources=list(data.shapes),
+            eval_sources=[] if eval_data is None else list(eval_data.shapes),
         )
     except (TrainError, torch.OutOfMemoryError):
         raise

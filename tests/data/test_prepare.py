@@ -48,6 +48,8 @@ def test_documents_that_fit_are_what_the_encoder_made(chats, tokenizer, tmp_path
         "input_ids": "List(Value('int32'))",
         "labels": "List(Value('int32'))",
         "row": "Value('int32')",
+        "source": "Value('int32')",
+        "roles": "List(Value('uint8'))",
     }
     assert prepared.lengths.tolist() == [len(document.input_ids) for document in expected]
     counts = prepared.counts

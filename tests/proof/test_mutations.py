@@ -3,11 +3,14 @@
 import dataclasses
 import importlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trl
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from truetune.models import attention, blocks
@@ -15,6 +18,7 @@ from truetune.models import head as bound_head
 from truetune.models.attention_backends import Documents as Boundaries
 from truetune.proof import storage
 from truetune.proof.errors import ProofError
+from truetune.proof.preflight import EXCERPT
 from truetune.proof.supervision import Documents
 from truetune.train import proving
 
@@ -272,6 +276,63 @@ def test_an_export_that_loses_a_tensor(trainer, monkeypatch):
     load = storage.load_file
     monkeypatch.setattr(storage, "load_file", lambda file: dict(list(load(file).items())[1:]))
     assert failed(trainer) == {"export"}
+
+
+def test_a_checkpoint_without_a_tensor(make, monkeypatch):
+    trainer = make(preflight="full", save_strategy="steps")
+    save = type(trainer.model).save_pretrained
+
+    def loses_one(model, path, *args, **kwargs):
+        save(model, path, *args, **kwargs)
+        file = Path(path) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors.pop(next(iter(tensors)))
+        save_file(tensors, file)
+
+    monkeypatch.setattr(type(trainer.model), "save_pretrained", loses_one)
+    assert failed(trainer) == {"checkpoint", "export"}
+
+
+def test_an_optimizer_whose_averages_are_saved_in_bf16(make, monkeypatch):
+    trainer = make(preflight="full", save_strategy="steps")
+    state_dict = torch.optim.AdamW.state_dict
+
+    def rounded(optimizer):
+        found = state_dict(optimizer)
+        states = found["state"].items()
+        return {**found, "state": {key: {**of, "exp_avg": of["exp_avg"].bfloat16().float()} for key, of in states}}
+
+    save = trl.SFTTrainer._save_optimizer_and_scheduler
+
+    def saves_rounded(self, directory):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "state_dict", rounded)
+            save(self, directory)
+
+    monkeypatch.setattr(trl.SFTTrainer, "_save_optimizer_and_scheduler", saves_rounded)
+    assert failed(trainer) == {"checkpoint"}
+
+
+def test_an_adapter_that_is_not_loaded_back(make, monkeypatch):
+    trainer = make(preflight="full", save_strategy="steps")
+    monkeypatch.setattr(trl.SFTTrainer, "_load_from_checkpoint", lambda self, checkpoint, model=None: None)
+    assert failed(trainer) == {"checkpoint"}
+
+
+def test_a_loss_of_the_largest_batch_that_is_not_finite(make, monkeypatch):
+    """A sum over many tokens overflows: the excerpts that parity takes do not see it."""
+    trainer = make(preflight="full", evaluate=True)
+    outputs = trainer.fused_outputs
+
+    def overflows(model, inputs, num_items):
+        found = outputs(model, inputs, num_items)
+        if inputs["input_ids"].numel() > EXCERPT["full"]:
+            found.loss = found.loss * float("inf")
+        return found
+
+    monkeypatch.setattr(trainer, "fused_outputs", overflows)
+    monkeypatch.setattr(trainer, "_train_batch_size", 8)
+    assert failed(trainer) == {"largest batch"}
 
 
 def test_a_target_that_no_module_has(make, monkeypatch):

@@ -1,16 +1,20 @@
 """What a sound run shows, and that looking at it changes nothing."""
 
-import copy
 import io
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import trl
+from peft import LoraConfig
 from rich.console import Console
 
 from truetune.proof.errors import ProofError
 from truetune.proof.result import Check, Proof
+from truetune.train import trials
 
 FAMILIES = {
     "llama": {},
@@ -29,34 +33,116 @@ FAMILIES = {
 def test_a_sound_run_passes_every_check(make, verdicts, model_type, lora, precision):
     if model_type in ("gpt2", "phi3") and lora:
         pytest.skip("its linears have other names")
-    trainer = make(model_type, lora=lora, sizes=FAMILIES[model_type], bf16=precision != "fp32", preflight="full")
+    trainer = make(
+        model_type, lora=lora, sizes=FAMILIES[model_type], bf16=precision != "fp32", preflight="full",
+        save_strategy="steps", evaluate=True,
+    )  # fmt: skip
     proof = trainer.preflight()
     found = verdicts(proof)
     assert found.pop("first tokens") in ("pass", "warn")
     assert found.pop("duplicates") in ("pass", "warn")
     assert set(found.values()) == {"pass"}, [check for check in proof.checks if check.verdict != "pass"]
     assert {"leak probe", "reference parity", "turn ends", "export", "disk", "weights"} <= set(found)
+    assert {"largest batch", "evaluation step", "checkpoint"} <= set(found)
+
+
+def bits(trainer):
+    """All that a training begins with, as bytes."""
+    model = trainer.model
+    tensors = {**model.state_dict(), **{f"{name}.grad": p.grad for name, p in model.named_parameters()}}
+    return {
+        "tensors": {name: None if t is None else t.clone() for name, t in tensors.items()},
+        "places": [p.data_ptr() for p in model.parameters()],
+        "random": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),
+        "files": set(Path(trainer.args.output_dir).rglob("*")),
+        "settings": repr(trainer.args) + repr(trainer.state) + repr(model.config) + repr(trainer.report),
+        "made": (trainer.optimizer, trainer.lr_scheduler, set(vars(trainer))),
+        "modes": [module.training for module in model.modules()],
+    }
+
+
+def assert_same_bits(one, other):
+    one, other = dict(one), dict(other)
+    tensors, others = one.pop("tensors"), other.pop("tensors")
+    assert list(tensors) == list(others)
+    for name, tensor in tensors.items():
+        assert (tensor is None) == (others[name] is None)
+        assert tensor is None or (tensor.dtype == others[name].dtype and torch.equal(tensor, others[name])), name
+    assert one == other
 
 
 @pytest.mark.parametrize("level", ["full", "quick"])
-def test_a_preflight_leaves_no_trace(make, level):
-    trainer = make(preflight=level)
-    state = copy.deepcopy(trainer.model.state_dict())
-    random = torch.get_rng_state()
-    files = set(Path(trainer.args.output_dir).rglob("*"))
-    trainer.preflight()
-    assert torch.equal(random, torch.get_rng_state())
-    assert set(Path(trainer.args.output_dir).rglob("*")) == files
-    now = trainer.model.state_dict()
-    assert list(now) == list(state) and all(torch.equal(now[name], tensor) for name, tensor in state.items())
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_preflight_leaves_no_trace(make, level, lora):
+    trainer = make(preflight=level, lora=lora, save_strategy="steps", evaluate=True)
+    for parameter in trainer.model.parameters():  # as after a training that was stopped
+        parameter.grad = torch.rand_like(parameter) if parameter.requires_grad else None
+    before = bits(trainer)
+    proof = trainer.preflight()
+    assert_same_bits(bits(trainer), before)
     assert trainer.model.training
+    assert {check.verdict for check in proof.checks if check.name == "checkpoint"} == (
+        {"pass"} if level == "full" else set()
+    )
+
+
+def test_a_checkpoint_that_breaks_off_leaves_no_trace(make, verdicts, monkeypatch):
+    trainer = make(preflight="full", save_strategy="steps")
+
+    def breaks(checkpoint):
+        raise RuntimeError("no way back")
+
+    before = bits(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(trl.SFTTrainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: breaks(checkpoint))
+        assert verdicts(trainer.preflight())["checkpoint"] == "warn"
+    assert_same_bits(bits(trainer), before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "held"),
+    [
+        ({"optim": "adamw_8bit"}, "weights and optimizer"),
+        ({"optim": "adafactor"}, "weights and optimizer"),
+        ({"optim": "sgd", "lr_scheduler_type": "cosine"}, "weights and optimizer"),
+        ({"stochastic_rounding": True, "lora": False, "dtype": torch.bfloat16, "bf16": True}, "weights and optimizer"),
+        ({"save_only_model": True}, "weights"),
+        ({"adapter": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])}, "weights and optimizer"),
+        ({"adapter": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])}, "weights and optim"),
+        ({"adapter": LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])}, "weights and optimizer"),
+        ({"embedding_learning_rate": 1e-4, "lora": False}, "weights and optimizer"),
+        ({"loraplus_lr_ratio": 4.0}, "weights and optimizer"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_checkpoints_of_all_kinds_are_rehearsed(make, fields, held):
+    dtype = {key: fields[key] for key in fields if key == "dtype"}
+    trainer = make(preflight="full", save_strategy="steps", **{k: v for k, v in fields.items() if k != "dtype"})
+    trainer.model.to(**dtype)
+    before = bits(trainer)
+    found = {check.name: check for check in trainer.preflight().checks}["checkpoint"]
+    assert found.verdict == "pass" and found.seen.startswith(held), found
+    assert_same_bits(bits(trainer), before)
+
+
+def test_an_optimizer_that_cannot_be_had_is_said_before_the_first_step(make):
+    trainer = make(preflight="full", save_strategy="steps", embedding_learning_rate=1e-4)
+    with pytest.raises(
+        ProofError, match=r"the optimizer cannot be made, .*; embedding_learning_rate is set, but no emb"
+    ):
+        trainer.train()
+
+
+def test_what_a_cpu_takes_minutes_for_is_not_tried(make, verdicts, monkeypatch):
+    monkeypatch.setattr(trials, "MOST_CPU_FLOPS", 1e6)
+    found = verdicts(make(preflight="full").preflight())
+    assert (found["largest batch"], found["checkpoint"]) == ("skip", "skip")  # and save_strategy is no
 
 
 def test_losses_are_the_same_to_the_bit_with_and_without(make):
     logs = []
     for level in ("off", "quick", "full"):
-        trainer = make(preflight=level, lora=True)
+        trainer = make(preflight=level, lora=True, save_strategy="steps", save_steps=2, evaluate=True)
         trainer.train()
         logs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
     assert len(logs[0]) == 4

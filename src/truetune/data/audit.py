@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from truetune.data.breakdown import breakdown, in_words
 from truetune.data.packing import PackSampler
 from truetune.data.prepare import IGNORE_INDEX, Prepared
 
@@ -58,8 +59,10 @@ def supervised_spans(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int
 
 
 def summary(prepared: Prepared, packing: int | None = None) -> dict[str, Any]:
-    """The counts (see `Counts`), the shape of each source, and, with `packing` tokens a pack, packs and efficiency."""
+    """The counts (see `Counts`), the shape of each source, what is trained by source and role (see `breakdown`), and,
+    with `packing` tokens a pack, packs and efficiency."""
     result = {**prepared.counts.to_dict(), "shapes": prepared.shapes}
+    result |= breakdown(prepared.documents, list(prepared.shapes))
     if packing is not None:
         packs = PackSampler(prepared.lengths, packing)
         result |= {"packs": len(packs), "packing_efficiency": round(packs.efficiency, 6)}
@@ -97,6 +100,9 @@ def render_summary(counts: dict[str, Any]) -> Table:
             most = max(value.values())
             for bounds, count in value.items():
                 table.add_row(f"  {bounds}", f"{count:,}", "▇" * round(24 * count / most))
+        elif name in ("sources", "roles"):
+            for key, shares in value.items():
+                table.add_row(f"{name[:-1]}: {key}", f"{shares['supervised']:,} supervised", in_words(shares))
         elif isinstance(value, dict):
             for key, item in value.items():
                 table.add_row(f"{label}: {key.replace('_', ' ')}", f"{item:,}" if isinstance(item, int) else str(item))

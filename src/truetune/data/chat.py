@@ -20,10 +20,15 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from truetune.data.rows import Row
+from truetune.data.shapes import ROLES
 from truetune.data.templates import template_text
 from truetune.data.turns import Segment, TurnRenderer, documents, shared_length
 
 IGNORE_INDEX = -100
+# Whose text a token is; a document holds indexes of these. An answer includes the token that ends it; what the chat
+# template writes round and between messages (tool calls and reasoning of prompts too) is "template".
+TEXT_ROLES = ("template", *ROLES, "prompt", "completion", "text")
+_INDEX = {role: index for index, role in enumerate(TEXT_ROLES)}
 
 # What `Encoder.encode` counts, in words for a report.
 COUNTS = {
@@ -46,13 +51,20 @@ COUNTS = {
 }
 
 
+Tokenized = tuple[list[int], list[int], bytes]  # ids, labels, roles
+FirstToken = Callable[[int], tuple[int, bool]]
+
+
 @dataclass(slots=True)
 class Document:
-    """One sequence: `labels` aligned with `input_ids`, -100 where not supervised, always at 0; `row` it comes from."""
+    """One sequence: `labels` aligned with `input_ids`, -100 where not supervised, always at 0; `row` it comes from, and
+    that row's `source`; `roles`: an index into `TEXT_ROLES` a token."""
 
     input_ids: list[int]
     labels: list[int]
     row: int
+    source: int = 0
+    roles: bytes = b""
 
 
 class Encoder:
@@ -120,77 +132,99 @@ class Encoder:
         tokenized = tokenize([segments for row_texts in texts for segments in row_texts], counts)
         origins = [first_row + number for number, row_texts in enumerate(texts) for _ in row_texts]
         result = []
-        for (ids, labels), origin in zip(tokenized, origins, strict=True):
+        for (ids, labels, roles), origin in zip(tokenized, origins, strict=True):
             if self._bos and ids[:1] != self._bos:
-                ids, labels = [*self._bos, *ids], [IGNORE_INDEX, *labels]
+                ids, labels, roles = [*self._bos, *ids], [IGNORE_INDEX, *labels], b"\0" + roles
             labels[:1] = [IGNORE_INDEX] * len(labels[:1])  # none, where a template writes nothing
-            result.append(Document(ids, labels, origin))
+            result.append(Document(ids, labels, origin, rows[origin - first_row].source, roles))
         return result, +counts
 
     # ---- text and what of it is supervised ---------------------------------------------------------------------------
 
     def _chats(self, rows: Sequence[Row], counts: Counter[str]) -> list[list[list[Segment]]]:
         if self.supervise == "all":
-            return [[[(text, True)]] for text in self._turns.whole(rows)]
+            return [[[segment]] for segment in self._turns.whole(rows, supervised=True)]
         result = [documents(turns) for turns in self._turns.turns(rows, self.supervise == "last_response", counts)]
         for row_documents in result:
             if len(row_documents) > 1:
                 counts["unrolled_conversations"] += 1
                 counts["unrolled_documents"] += len(row_documents)
         empty = [number for number, row_documents in enumerate(result) if not row_documents]
-        for number, text in zip(empty, self._turns.whole([rows[number] for number in empty]), strict=True):
-            result[number] = [[(text, False)]]
+        wholes = self._turns.whole([rows[number] for number in empty], supervised=False)
+        for number, segment in zip(empty, wholes, strict=True):
+            result[number] = [[segment]]
         return result
 
     def _raw_text(self, row: Row) -> list[Segment]:
         eos = self.tokenizer.eos_token or ""
         completion = row.completion if row.completion.endswith(eos) else row.completion + eos
-        return [(row.prompt, self.supervise == "all"), (completion, True)]
+        if not row.prompt:
+            return [Segment(completion, True, "text")]
+        return [Segment(row.prompt, self.supervise == "all", "prompt"), Segment(completion, True, "completion")]
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
-    def _tokenized_in_pieces(
-        self, batch: Sequence[Sequence[Segment]], counts: Counter[str]
-    ) -> list[tuple[list[int], list[int]]]:
-        pieces = iter(self._batch_ids([text for segments in batch for text, _ in segments]))
+    def _tokenized_in_pieces(self, batch: Sequence[Sequence[Segment]], counts: Counter[str]) -> list[Tokenized]:
+        pieces = iter(self._pieces([segment for segments in batch for segment in segments]))
         result = []
         for segments in batch:
             ids: list[int] = []
             labels: list[int] = []
-            for (_, supervised), piece in zip(segments, pieces, strict=False):
+            roles = b""
+            for segment, (piece, piece_roles) in zip(segments, pieces, strict=False):
                 ids += piece
-                labels += piece if supervised else [IGNORE_INDEX] * len(piece)
-            result.append((ids, labels))
+                labels += piece if segment.supervised else [IGNORE_INDEX] * len(piece)
+                roles += piece_roles
+            result.append((ids, labels, roles))
         return result
 
-    def _tokenized_whole(
-        self, batch: Sequence[Sequence[Segment]], counts: Counter[str]
-    ) -> list[tuple[list[int], list[int]]]:
+    def _pieces(self, segments: Sequence[Segment]) -> list[tuple[list[int], bytes]]:
+        """Ids and roles of each; only where several roles meet are the places of the tokens asked for."""
+        mixed = [segment for segment in segments if segment.messages]
+        located = iter(self._batch_located([segment.text for segment in mixed]))
+        plain = iter(self._batch_ids([segment.text for segment in segments if not segment.messages]))
+        result = []
+        for segment in segments:
+            if segment.messages:
+                ids, first_token = next(located)
+                roles = bytearray(len(ids))
+                _mark_messages(roles, segment, 0, first_token)
+            else:
+                ids = next(plain)
+                roles = bytearray([_INDEX[segment.role or "template"]]) * len(ids)
+            result.append((ids, bytes(roles)))
+        return result
+
+    def _tokenized_whole(self, batch: Sequence[Sequence[Segment]], counts: Counter[str]) -> list[Tokenized]:
         result = []
         for segments in batch:
-            ids, first_token = self._located("".join(text for text, _ in segments))
+            ids, first_token = self._located("".join(segment.text for segment in segments))
             labels = [IGNORE_INDEX] * len(ids)
+            roles = bytearray(len(ids))
             end = 0
-            for text, supervised in segments:
-                start, end = end, end + len(text)
-                if supervised and text:
+            for segment in segments:
+                start, end = end, end + len(segment.text)
+                _mark_messages(roles, segment, start, first_token)
+                if segment.role:
+                    _mark(roles, segment.role, start, end, first_token)
+                if segment.supervised and segment.text:
                     (first, crossed), (last, _) = first_token(start), first_token(end)
                     labels[first:last] = ids[first:last]
                     counts["boundary_merged"] += crossed
-            result.append((ids, labels))
+            result.append((ids, labels, bytes(roles)))
         return result
 
-    def _located(self, text: str) -> tuple[list[int], Callable[[int], tuple[int, bool]]]:
+    def _batch_located(self, texts: Sequence[str]) -> list[tuple[list[int], FirstToken]]:
+        if not self.tokenizer.is_fast:
+            return [self._located(text) for text in texts]
+        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, _by_offsets(encoding.offsets)) for encoding in encodings]
+
+    def _located(self, text: str) -> tuple[list[int], FirstToken]:
         """The ids of `text`, and for a place in it the first token from there and whether the one before crosses it."""
         if self.tokenizer.is_fast:
             encoding = self._backend().encode(text, add_special_tokens=False)
-            offsets = encoding.offsets
-
-            def first_token(place: int) -> tuple[int, bool]:
-                first = bisect_left(offsets, place, key=itemgetter(0))
-                return first, first > 0 and offsets[first - 1][1] > place
-
-            return encoding.ids, first_token
+            return encoding.ids, _by_offsets(encoding.offsets)
         ids = self._ids(text)
 
         def first_token_slowly(place: int) -> tuple[int, bool]:
@@ -221,3 +255,41 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         puts_it = bos is not None and self.tokenizer.encode("x")[:1] == [bos] != self._ids("x")[:1]
         return [bos] if puts_it else []
+
+
+def _by_offsets(offsets: list[tuple[int, int]]) -> FirstToken:
+    def first_token(place: int) -> tuple[int, bool]:
+        first = bisect_left(offsets, place, key=itemgetter(0))
+        return first, first > 0 and offsets[first - 1][1] > place
+
+    return first_token
+
+
+def _mark_messages(roles: bytearray, segment: Segment, offset: int, first_token: FirstToken) -> None:
+    """`segment` begins at `offset`. A message is found by its content, which templates strip."""
+    place = 0
+    for message in segment.messages:
+        content = str(message["content"]).strip()
+        start = _find(content, segment.text, place) if content else -1
+        if start >= 0:
+            place = start + len(content)
+            _mark(roles, message["role"], offset + start, offset + place, first_token)
+
+
+def _find(content: str, text: str, place: int) -> int:
+    """Where `content` stands from `place` on, or -1; rather as a word of its own, because an answer "a" is also a part
+    of the template's "<|im_start|>"."""
+    first = start = text.find(content, place)
+    while start >= 0:
+        around = text[max(0, start - 1) : start] + text[start + len(content) : start + len(content) + 1]
+        if not any(map(str.isalnum, around)):
+            return start
+        start = text.find(content, start + 1)
+    return first
+
+
+def _mark(roles: bytearray, role: str, start: int, end: int, first_token: FirstToken) -> None:
+    """Tokens that stand across an edge of the text are its own."""
+    (first, crossed), (last, _) = first_token(start), first_token(end)
+    first -= crossed
+    roles[first:last] = bytes([_INDEX[role]]) * (last - first)

@@ -43,8 +43,9 @@ class Counts:
     """What became of the rows. A document is one sequence that is trained; an unrolled row gives several.
 
     truncated, split: documents over max_length of which something is trained; lost_tokens and lost_supervised are what
-    cutting took from them. dropped: documents without a supervised token, by reason; dropped_rows: rows that
-    have no document left. encoder: the encoder's own counts. lengths: documents by their tokens ("129-256": 17).
+    cutting took from them, and cut_off_supervised what it took from documents of which nothing is left. dropped:
+    documents without a supervised token, by reason; dropped_rows: rows that have no document left. encoder: the
+    encoder's own counts. lengths: documents by their tokens ("129-256": 17).
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Counts:
     split: int = 0
     lost_tokens: int = 0
     lost_supervised: int = 0
+    cut_off_supervised: int = 0
     dropped_rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     encoder: dict[str, int] = field(default_factory=dict)
@@ -66,8 +68,9 @@ class Counts:
 
 @dataclass
 class Prepared:
-    """documents: columns input_ids (list of int32), labels (the same, -100 where not supervised) and row (int32, an
-    index into the rows of the RowSet), memory-mapped from the cache; lengths: int64 [documents], in tokens; shapes: the
+    """documents: columns input_ids (list of int32), labels (the same, -100 where not supervised), row (int32, an index
+    into the rows of the RowSet), source (int32, an index into `shapes`) and roles (list of uint8, an index into
+    `TEXT_ROLES` a token), memory-mapped from the cache; lengths: int64 [documents], in tokens; shapes: the
     recognised shape of each source; fingerprint: a hash of all that decides the documents."""
 
     documents: datasets.Dataset
@@ -199,6 +202,7 @@ def prepare_batch(
             dropped["nothing_supervised"] += 1
         elif not pieces:
             dropped["supervised_tokens_cut_off"] += 1
+            counts.cut_off_supervised += supervised
             first = next(i for i, label in enumerate(document.labels) if label != IGNORE_INDEX)
             cut_off.append((document.row, first + 1, tokens))
         elif max_length is not None and tokens > max_length:
@@ -234,6 +238,8 @@ def _cut(document: Document, max_length: int | None, overflow: str) -> list[Docu
             document.input_ids[start : start + max_length],
             [IGNORE_INDEX, *document.labels[start + 1 : start + max_length]],
             document.row,
+            document.source,
+            document.roles[start : start + max_length],
         )
         for start in starts
     ]
@@ -257,6 +263,10 @@ def _table(documents: Sequence[Document]) -> pa.Table:
             "input_ids": pa.ListArray.from_arrays(offsets, ids),
             "labels": pa.ListArray.from_arrays(offsets, labels),
             "row": column((document.row for document in documents), len(documents)),
+            "source": column((document.source for document in documents), len(documents)),
+            "roles": pa.ListArray.from_arrays(
+                offsets, pa.array(np.frombuffer(b"".join(document.roles for document in documents), np.uint8))
+            ),
         }
     )
 

@@ -73,8 +73,8 @@ def read_rows(sources: Sequence[Source], *, seed: int = 42) -> RowSet:
     """
     shapes: dict[str, str] = {}
     read: dict[str, list[Row]] = {}
-    for label, source in _labelled(sources):
-        shape, rows = _recognised(source)
+    for number, (label, source) in enumerate(_labelled(sources)):
+        shape, rows = _recognised(source, number)
         shapes[label], read[label] = shape.name, list(rows)
 
     sizes = _sample_sizes([len(rows) for rows in read.values()], [source.weight for source in sources])
@@ -109,7 +109,10 @@ def stream_rows(sources: Sequence[Source]) -> RowStream:
     Equal weights give every row. Otherwise the rows end with the first source that ends, so that the shares are those
     of `read_rows`. Raises as `read_rows`: for a source that cannot be opened at once, for a row as it is read.
     """
-    opened = [(label, *_recognised(source, streaming=True)) for label, source in _labelled(sources)]
+    opened = [
+        (label, *_recognised(source, number, streaming=True))
+        for number, (label, source) in enumerate(_labelled(sources))
+    ]
     rows = _in_turn([rows for _, _, rows in opened], [source.weight for source in sources])
     return RowStream(rows, {label: shape.name for label, shape, _ in opened})
 
@@ -140,7 +143,7 @@ def _labelled(sources: Sequence[Source]) -> list[tuple[str, Source]]:
     return labelled
 
 
-def _recognised(source: Source, *, streaming: bool = False) -> tuple[Shape, Iterator[Row]]:
+def _recognised(source: Source, number: int, *, streaming: bool = False) -> tuple[Shape, Iterator[Row]]:
     if not (source.weight > 0 and math.isfinite(source.weight)):
         raise DataError(f"the weight of {source.path} is {source.weight}: give a number above 0")
     columns = source.columns or {}
@@ -152,16 +155,16 @@ def _recognised(source: Source, *, streaming: bool = False) -> tuple[Shape, Iter
         shape = recognise(first[1], columns)
     except DataError as error:
         raise DataError(f"{first[0]}: {error}") from None
-    return shape, _converted(chain([first], raw_rows), shape, columns)
+    return shape, _converted(chain([first], raw_rows), shape, columns, number)
 
 
-def _converted(raw_rows: Iterable[PlacedRow], shape: Shape, columns: Mapping[str, str]) -> Iterator[Row]:
+def _converted(raw_rows: Iterable[PlacedRow], shape: Shape, columns: Mapping[str, str], source: int) -> Iterator[Row]:
     for origin, raw in raw_rows:
         try:
             row = to_row(raw, shape, columns)
         except DataError as error:
             raise DataError(f"{origin}: {error}") from None
-        row.origin = origin
+        row.origin, row.source = origin, source
         yield row
 
 
@@ -175,7 +178,8 @@ def _sample_sizes(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
 def _fingerprint(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        content = (row.messages, row.prompt, row.completion, row.tools, row.template_kwargs, row.first_supervised)
+        content = (row.messages, row.prompt, row.completion, row.tools, row.template_kwargs, row.first_supervised,
+                   row.source)  # fmt: skip
         try:
             digest.update(marshal.dumps(content, 2))  # version 2 has no references: equal values give equal bytes
         except ValueError:  # a date or decimal of a parquet file, kept in a message

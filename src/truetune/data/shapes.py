@@ -52,6 +52,7 @@ class Row:
     template_kwargs: arguments for the chat template, such as {"enable_thinking": False}
     first_supervised: messages before this index are prompt and never supervised
     origin: file and line ("chats.jsonl:17", counted from 1; the row's number for parquet and Hub data)
+    source: number of the source, from 0
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -61,6 +62,7 @@ class Row:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_supervised: int = 0
     origin: str = ""
+    source: int = 0
 
 
 @dataclass(frozen=True)

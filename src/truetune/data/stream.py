@@ -30,8 +30,9 @@ _ROWS_WITHOUT_A_DOCUMENT = 20 * ROWS_A_BATCH  # after which a stream is taken to
 class DocumentStream:
     """What `prepare` makes of rows, in their order, from sources that are read as the documents are asked for.
 
-    documents: `input_ids` and `labels` (int32 arrays) of each; every iteration is a pass over the sources from the
-        start. It raises `DataError` for a row that cannot be read, and where no document is to be had.
+    documents: `input_ids` and `labels` (int32 arrays) and `source` (an index into `shapes`) of each; every iteration is
+        a pass over the sources from the start. It raises `DataError` for a row that cannot be read, and where no
+        document is to be had.
     counts: of the rows read so far, each counted once however often it is read; its `lengths` stay empty
     shapes: the recognised shape of each source
     """
@@ -76,6 +77,7 @@ def _documents(table: pa.Table) -> Iterator[dict[str, Any]]:
     ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
     ends = ids.offsets.to_numpy()[1:-1]
     columns = (np.split(column.values.to_numpy().copy(), ends) for column in (ids, labels))
-    for ids_T, labels_T in zip(*columns, strict=True):
-        if len(ids_T):  # of an empty table, splitting leaves one part
-            yield {"input_ids": ids_T, "labels": labels_T}
+    if not len(table):
+        return
+    for ids_T, labels_T, source in zip(*columns, table["source"].to_pylist(), strict=True):
+        yield {"input_ids": ids_T, "labels": labels_T, "source": source}

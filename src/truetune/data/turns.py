@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,6 @@ from truetune.data.rows import Row
 from truetune.data.templates import BUILTIN_TEMPLATES
 
 Message = dict[str, Any]
-Segment = tuple[str, bool]  # text, supervised
 
 # How reasoning is enclosed, and the white space that ends its closing tag.
 _REASONING_TAGS = (("<think>", "</think>", "\n\n"), ("<|channel>thought", "<channel|>", ""))
@@ -41,11 +40,23 @@ _QUESTION, _REPLY, _FOLLOW_UP = "first-question-7f3a", "reply-7f3a", "follow-up-
 _CONVERSATIONS_A_CALL = 32  # that share the limit of time
 
 
+class Segment(NamedTuple):
+    """A part of a document. `role`: whose text it is; "": it holds what the template wrote round `messages`."""
+
+    text: str
+    supervised: bool
+    role: str = ""
+    messages: Sequence[Message] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """`messages`: those of the conversation up to the answer, which is the last of them."""
+
     prompt: str
     answer: str
     tail: str
+    messages: Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +111,11 @@ class TurnRenderer:
             for chat, turns in zip(chats, wanted, strict=True)
         ]
 
-    def whole(self, rows: Sequence[Row]) -> list[str]:
+    def whole(self, rows: Sequence[Row], supervised: bool) -> list[Segment]:
         """The rendering of each whole conversation."""
-        return self._render([(chat, chat.messages) for chat in map(self._chat, rows)])
+        jobs = [(chat, chat.messages) for chat in map(self._chat, rows)]
+        texts = self._render(jobs)
+        return [Segment(text, supervised, messages=messages) for text, (_, messages) in zip(texts, jobs, strict=True)]
 
     # ---- rendering ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +242,7 @@ class TurnRenderer:
         counts["empty_answers"] += not (message["content"].strip() or message.get("tool_calls"))
         counts["thinking_ignored"] += reasoning not in answer
         counts["empty_think_supervised"] += _NOT_REASONED.match(answer) is not None
-        return Turn(prompt, answer, tail)
+        return Turn(prompt, answer, tail, chat.messages[: i + 1])
 
     def _is_written(self, chat: Chat, i: int, whole: str, answer: str) -> bool:
         """Whether what stands in the answer's place comes from the message at all."""
@@ -391,11 +404,13 @@ def documents(turns: Iterable[Turn]) -> list[list[Segment]]:
 
 def _segments(turns: Sequence[Turn]) -> list[Segment]:
     segments: list[Segment] = []
-    done = 0
+    done = said = 0
     for turn in turns:
-        segments += [(turn.prompt[done:], False), (turn.answer, True)]
-        done = len(turn.prompt) + len(turn.answer)
-    return [*segments, (turns[-1].tail, False)]
+        *before, answer = turn.messages
+        segments.append(Segment(turn.prompt[done:], False, messages=before[said:]))
+        segments.append(Segment(turn.answer, True, role=answer["role"]))
+        done, said = len(turn.prompt) + len(turn.answer), len(turn.messages)
+    return [*segments, Segment(turns[-1].tail, False)]
 
 
 def _supervised(chat: Chat, last_only: bool, counts: Counter[str]) -> list[int]:

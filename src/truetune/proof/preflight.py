@@ -1,5 +1,6 @@
 """All checks that run before a training, in order, cheap ones first."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +35,9 @@ def check_level(level: str) -> None:
 def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven: Proven | None = None) -> Proof:
     """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
 
-    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads` and
-    `activations`. Weights, gradients, buffers and random states are afterwards what they were. `proven`: where checks
-    that need not be made again are found and kept.
+    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads`,
+    `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were. `proven`:
+    where checks that need not be made again are found and kept.
     """
     begun = time.perf_counter()
     proof = Proof()
@@ -84,6 +85,9 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
             run("first documents", first_documents)
         run("leak probe", lambda: check_leaks(trainer, some))
         run("reference parity", lambda: check_parity(trainer, some))
+    if level == "full" and not trainer.report.stock:
+        for name, trial in trainer.trials.items():
+            run(name, functools.partial(trial, trainer))
     run("disk", lambda: check_disk(trainer))
     if level == "full":
         run("export", lambda: check_export(trainer.model))

@@ -13,11 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 
+from truetune.data.breakdown import in_words
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import IGNORE_INDEX
 from truetune.proof.result import Check, Verdict
 
 SHOWN = 3  # worst documents of a kind
+SHOWN_SHARES = 8  # sources or roles
+NOT_ANSWERS = ("system", "developer", "user", "tool", "prompt")
+MEANT = 0.5  # share of a role's tokens from which it is taken to be supervised on purpose
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def audit(
     evaluation: Documents | None = None,
     strict: bool = True,
 ) -> list[Check]:
-    """`stops`: ids that generation ends on; `counts`: what became of the rows, where that is known.
+    """`stops`: ids that generation ends on; `counts`: what became of the rows (`Counts`), and what is trained by source
+    and role (`breakdown`), where that is known.
 
     Not `strict`: what could be accepted by name is a warning, because data may be meant to be so.
     """
@@ -120,6 +125,7 @@ def audit(
         _prompts(documents, tokenizer, limits),
     ]
     if counts is not None:
+        checks += [_shares(kind, counts[kind]) for kind in ("sources", "roles") if kind in counts]
         checks.append(_lost(counts, limits))
     checks.append(_duplicates(documents, tokenizer))
     if evaluation is not None:
@@ -140,6 +146,24 @@ def _supervised(documents: Documents, limits: Limits) -> Check:
         allow="few_supervised" if low and supervised else "",
         details={"supervised": supervised, "tokens": tokens, "documents": len(documents), "share": share},
     )
+
+
+def _shares(kind: str, shares: Mapping[str, Mapping[str, Any]]) -> Check:
+    """What is trained of each source or role, as the preparation of the rows tells them."""
+    shown = [f"{name}: {in_words(dict(found))}" for name, found in shares.items()]
+    if len(shown) > SHOWN_SHARES:
+        shown = [*shown[:SHOWN_SHARES], f"{len(shown) - SHOWN_SHARES} more in proof.json"]
+    if kind == "sources":
+        bad = [name for name, found in shares.items() if not found["supervised"]]
+        mend = f"nothing of {' and '.join(bad)} is trained: look at its rows with truetune inspect, or drop it"
+    else:
+        # With supervise: all it is nearly the whole of them.
+        bad = [name for name in NOT_ANSWERS if 0 < shares.get(name, {}).get("share", 0) < MEANT]
+        mend = f"some of what {' and '.join(bad)} say is trained, and not all: look at it with truetune inspect"
+    return Check(
+        kind, "; ".join(shown), "each is trained" if kind == "sources" else "answers alone, or everything",
+        "warn" if bad else "pass", mend=mend if bad else "", details={name: dict(of) for name, of in shares.items()},
+    )  # fmt: skip
 
 
 def _labels(documents: Documents, tokenizer: Any) -> Check:
@@ -234,7 +258,8 @@ def _prompts(documents: Documents, tokenizer: Any, limits: Limits) -> Check:
 
 
 def _lost(counts: Mapping[str, Any], limits: Limits) -> Check:
-    lost, kept = counts.get("lost_supervised", 0), counts.get("supervised", 0)
+    lost = counts.get("lost_supervised", 0) + counts.get("cut_off_supervised", 0)
+    kept = counts.get("supervised", 0)
     share = lost / max(1, lost + kept)
     dropped = counts.get("dropped", {})
     reasons = "".join(f"; {count:,} documents dropped: {why.replace('_', ' ')}" for why, count in dropped.items())

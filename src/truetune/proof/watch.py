@@ -1,4 +1,5 @@
-"""While it runs: what is not finite stops it, with the step's batches saved; spikes and a dead rate are named.
+"""While it runs: what is not finite stops it, with the step's batches saved; spikes, a dead rate, a drift of throughput
+and memory that climbs are named.
 
 Everything is read where the trainer logs, so that no step waits for the device.
 """
@@ -6,6 +7,7 @@ Everything is read where the trainer logs, so that no step waits for the device.
 import logging
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from truetune.proof.drift import Climb, Throughput, device_bytes, process_bytes
 from truetune.proof.errors import ProofError
 
 logger = logging.getLogger(__name__)
@@ -29,17 +32,39 @@ DEAD_LOGS = 5
 
 
 class Watch(TrainerCallback):
-    """Raises `ProofError` where a logged loss or gradient norm is not finite; warns of spikes and of a rate of zero."""
+    """Raises `ProofError` where a logged loss or gradient norm is not finite; warns of spikes, of a rate of zero, and
+    of what `drift.py` sees."""
 
     def __init__(self) -> None:
         self.batches: deque[dict[str, Tensor]] = deque(maxlen=KEPT_BATCHES)
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.still = 0
+        self.throughput = Throughput()
+        self.memory = {"device memory": Climb("device memory"), "host memory": Climb("the process's memory")}
+        self.logged: tuple[int, float, float] | None = None  # step, tokens and time of the last log
         self.notes: list[dict[str, Any]] = []
 
     def see(self, inputs: Mapping[str, Any]) -> None:
         """A micro-batch on its way into the model; it is referred to, and not copied."""
         self.batches.append({name: inputs[name] for name in KEPT_NAMES if torch.is_tensor(inputs.get(name))})
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pause(state)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._pause(state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._pause(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._pause(state)
+
+    def _pause(self, state) -> None:
+        """Something else than training took its time. Right behind a log the clock begins anew; an interval with a
+        pause in the middle is no measure, because the device may have trained on in it."""
+        step, tokens, _ = self.logged or (-1, 0.0, 0.0)
+        self.logged = (step, tokens, time.monotonic()) if step == state.global_step else None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -54,6 +79,7 @@ class Watch(TrainerCallback):
         self.batches.clear()
         self._spike(state, float(loss))
         self._dead_rate(state, logs.get("learning_rate", 1.0))
+        self._drift(args, state, logs)
 
     def _stopped(self, args, state, what: str) -> str:
         path = Path(args.output_dir) / BATCH_FILE.format(step=state.global_step, rank=args.process_index)
@@ -77,6 +103,19 @@ class Watch(TrainerCallback):
         self.still = self.still + 1 if rate == 0 and not last else 0
         if self.still == DEAD_LOGS:
             self._note(state, "dead learning rate", f"0 in {DEAD_LOGS} logs, {state.max_steps} steps are planned")
+
+    def _drift(self, args, state, logs: Mapping[str, Any]) -> None:
+        tokens, now = float(logs.get("num_tokens", 0.0)), time.monotonic()
+        if self.logged is not None:
+            step, before, since = self.logged
+            slow = self.throughput.see(tokens - before, state.global_step - step, now - since)
+            if slow:
+                self._note(state, "slower", slow)
+        self.logged = state.global_step, tokens, now
+        for kind, used in (("device memory", device_bytes(args.device)), ("host memory", process_bytes())):
+            grown = self.memory[kind].see(used)
+            if grown:
+                self._note(state, f"{kind} grows", grown)
 
     def _note(self, state, kind: str, what: str) -> None:
         self.notes.append({"step": state.global_step, "kind": kind, "seen": what})

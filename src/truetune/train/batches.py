@@ -43,10 +43,14 @@ def full_batch(batch_size: int, length: int) -> dict[str, Any]:
 
 
 def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[str, Any] | None:
-    """The longest rows through the trainer's own collator, as its data loader would hand them over."""
+    """The longest rows through the trainer's own collator, as its data loader would hand them over; of several data
+    sets, those of the one with the longest row."""
     lengths = row_lengths(dataset)
-    if lengths is None or isinstance(dataset, dict):
+    if lengths is None:
         return None
+    if isinstance(dataset, dict):
+        dataset = max(dataset.values(), key=lambda part: int(document_lengths(part).max()))
+        lengths = document_lengths(dataset)
     return batch_of_rows(trainer, dataset, longest(lengths, batch_size))
 
 

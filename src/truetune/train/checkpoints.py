@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from truetune.train.errors import TrainError
@@ -46,6 +47,22 @@ def refuse_cut_short(checkpoint: Path) -> None:
     why = why_cut_short(checkpoint) if (checkpoint / FILES).exists() else None
     if why is not None:
         raise TrainError(f"{checkpoint} was cut short ({why}): go on from an earlier checkpoint.")
+
+
+def load_other_names(model: Any, checkpoint: Path) -> None:
+    """Loads what `load_state_dict` cannot find: a mixture's experts, which Transformers stacks and saves one by one.
+
+    Transformers' own way back from a checkpoint (5.17 to 5.23) warns of them and goes on with what they were before.
+    """
+    names: set[str] = set()
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    missing = [name for name, _ in model.named_parameters() if name not in names]
+    if not names or not missing:
+        return
+    state = type(model).from_pretrained(checkpoint, dtype="auto").state_dict()
+    model.load_state_dict({name: state[name] for name in missing if name in state}, strict=False)
 
 
 def checkpoint_step(checkpoint: Path) -> int | None:

@@ -25,8 +25,9 @@ class SFTConfig(trl.SFTConfig):
         means "keep"; `gradient_checkpointing_kwargs` and `activation_offloading` select TRL's own mechanisms instead.
     rehearse: on a GPU, run the largest batch forward and backward before the first step, so that the plan rests on
         measured memory and what does not fit fails in the first minute. Losses are the same to the bit without.
-    preflight: "full" (audit of all data, parity on 1,024 tokens, a save and its reading back), "quick" (the first 1,000
-        rows, 192 tokens) or "off": checks before the first step, which stop the run with cause and mend.
+    preflight: "full" (audit of all data, parity on 1,024 tokens, a rehearsal of the largest batch, an evaluation step,
+        a checkpoint with its reload and the export), "quick" (the first 1,000 rows, 192 tokens) or "off": checks before
+        the first step, which stop the run with cause and mend.
     preflight_limits: shares at which the audit of the data stops a run, by name (`truetune.proof.supervision.Limits`).
     allow: names of differences between what was asked and what is in effect that are accepted; each error that can be
         allowed gives its name.

@@ -1,5 +1,9 @@
 """TRL's training metrics, kept on the device and read once a log."""
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -48,3 +52,26 @@ def nll_by_kind(nll_K: torch.Tensor, labels_T: torch.Tensor, rows_K: torch.Tenso
     last_K = F.pad(labels_T, (0, 2), value=IGNORE_INDEX)[rows_K + 2] == IGNORE_INDEX
     kinds_3K = torch.stack([first_K, ~first_K & last_K, ~first_K & ~last_K]).float()
     return torch.stack([kinds_3K @ nll_K.float(), kinds_3K.sum(1)])
+
+
+def nll_by_source(nll_K: torch.Tensor, source_T: torch.Tensor, rows_K: torch.Tensor, sources: int) -> torch.Tensor:
+    """fp32 [2, sources]: the same sums and counts, by the source of each row's document."""
+    # One product, whose order of sums is always the same: index_add on a GPU has none.
+    is_source_SK = (source_T[rows_K] == torch.arange(sources, device=source_T.device)[:, None]).float()
+    return torch.stack([is_source_SK @ nll_K.float(), is_source_SK.sum(1)])
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Short names for metrics, all different: a file's or Hub data set's last part without its suffix, in letters,
+    digits, "_" and "-"; numbered by the order of the sources where two are alike (`chats`, `chats_2`)."""
+    names: list[str] = []
+    for source in sources:
+        name = stem = (
+            re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source.rstrip("/")).name.partition(".")[0]).strip("_") or "data"
+        )
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names

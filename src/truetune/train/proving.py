@@ -59,7 +59,13 @@ class Proving(TrainerCallback):
             self._add([check_embedding_rate(self.trainer.model, optimizer, rate)])
         self.save()
 
+    def on_save(self, args, state, control, **kwargs):
+        self._save_notes()
+
     def on_train_end(self, args, state, control, **kwargs):
+        self._save_notes()
+
+    def _save_notes(self) -> None:
         self.proof.notes = self.watch.notes
         self.save()
 

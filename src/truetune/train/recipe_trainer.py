@@ -1,6 +1,6 @@
 """The trainer behind the command line: whole documents in, packs of our own making."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
@@ -10,14 +10,18 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from truetune.data.breakdown import breakdown
 from truetune.data.collate import collate_documents
 from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
+from truetune.proof.drift import GIB, device_bytes, process_bytes
 from truetune.proof.supervision import Documents
 from truetune.train.batches import document_lengths, longest
 from truetune.train.errors import TrainError
-from truetune.train.metrics import TOKEN_KINDS, nll_by_kind
+from truetune.train.metrics import TOKEN_KINDS, nll_by_kind, nll_by_source, source_names
 from truetune.train.trainer import SFTTrainer
+
+SOURCE_KEY = "source"  # of a batch
 
 
 class RecipeTrainer(SFTTrainer):
@@ -27,14 +31,27 @@ class RecipeTrainer(SFTTrainer):
     Which documents share a pack is a pure function of lengths, seed and epoch. A `datasets.IterableDataset` is packed
     from a buffer, a pure function of its documents, seed and epoch, and begun again at its end, until `args.max_steps`.
     The evaluation loss is the mean over all supervised tokens, not over batches. `counts`: what became of the rows that
-    the documents come from (`Counts.to_dict()`), for the audit.
+    the documents come from (`Counts.to_dict()`), for the audit. `sources`, `eval_sources`: where they come from, by the
+    documents' column `source`; of more than one, each has a loss of its own (`loss_source_<name>`, see `source_names`).
     """
 
     def __init__(
-        self, model, args, *, train_dataset, eval_dataset=None, pack: bool = True, counts=None, **keywords
+        self,
+        model,
+        args,
+        *,
+        train_dataset,
+        eval_dataset=None,
+        pack: bool = True,
+        counts: Mapping[str, Any] | None = None,
+        sources: Sequence[str] = (),
+        eval_sources: Sequence[str] = (),
+        **keywords,
     ) -> None:
         self._pack = pack
-        self._by_kind: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._sources = {"train": list(sources), "eval": list(eval_sources)}
+        self._source_T: torch.Tensor | None = None  # of the batch whose loss is computed
+        self._nll: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self.counts = counts
         args.packing = args.padding_free = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -46,6 +63,9 @@ class RecipeTrainer(SFTTrainer):
             data_collator=_collate,
             **keywords,
         )
+        if len(sources) > 1:
+            names = (f"loss_source_{name}: {path}" for name, path in zip(source_names(sources), sources, strict=True))
+            self.report.add("losses by source", f"{len(sources)} sources", "; ".join(names))
 
     def _report_batches(self) -> None:
         streamed = isinstance(self.train_dataset, datasets.IterableDataset)
@@ -89,7 +109,10 @@ class RecipeTrainer(SFTTrainer):
             return None
         evaluation = self.eval_dataset
         known = isinstance(evaluation, datasets.Dataset)
-        return Documents.of(self.train_dataset), Documents.of(evaluation) if known else None, self.counts
+        counts = self.counts
+        if counts is not None:
+            counts = {**counts, **breakdown(self.train_dataset, self._sources["train"])}
+        return Documents.of(self.train_dataset), Documents.of(evaluation) if known else None, counts
 
     @property
     def _seed(self) -> int:
@@ -99,14 +122,14 @@ class RecipeTrainer(SFTTrainer):
         documents, size = self.train_dataset, self._train_batch_size
         if isinstance(documents, datasets.IterableDataset):
             capacity = self.args.max_length if self._pack else None
-            return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, self._seed), size)
-        return self._packs_loader(documents, self._sampler(documents, self._seed), size)
+            return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, self._seed), size, "train")
+        return self._packs_loader(documents, self._sampler(documents, self._seed), size, "train")
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
-        return self._packs_loader(dataset, self._sampler(dataset, seed=0), self.args.eval_batch_size)
+        return self._packs_loader(dataset, self._sampler(dataset, seed=0), self.args.eval_batch_size, "eval")
 
     def _sampler(self, documents: datasets.Dataset, seed: int) -> Sampler[list[int]]:
         lengths = document_lengths(documents)
@@ -115,15 +138,17 @@ class RecipeTrainer(SFTTrainer):
         assert self.args.max_length is not None
         return PackSampler(lengths, self.args.max_length, seed=seed)
 
-    def _packs_loader(self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int) -> DataLoader:
+    def _packs_loader(
+        self, documents: datasets.Dataset, packs: Sampler[list[int]], batch_size: int, mode: str
+    ) -> DataLoader:
         even = _EvenPacks(packs, multiple=batch_size * self.accelerator.num_processes)
-        return self._loader(PackedDocuments(documents, len(even)), even, batch_size)
+        return self._loader(PackedDocuments(documents, len(even)), even, batch_size, mode)
 
-    def _loader(self, dataset: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler, batch_size: int, mode: str) -> DataLoader:
         loader: DataLoader = DataLoader(
             dataset,
             batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
-            collate_fn=_collate,
+            collate_fn=_collate_with_sources if len(self._sources[mode]) > 1 else _collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -131,17 +156,32 @@ class RecipeTrainer(SFTTrainer):
         )
         return self.accelerator.prepare(loader)
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self._source_T = inputs.pop(SOURCE_KEY, None)  # no model takes it
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _keep_metrics(self, mode, inputs, outputs) -> None:
         super()._keep_metrics(mode, inputs, outputs)
-        self._by_kind[mode].append(nll_by_kind(outputs.nll_K, inputs["labels"][0], inputs["loss_rows"]))
+        rows_K = inputs["loss_rows"]
+        sums = nll_by_kind(outputs.nll_K, inputs["labels"][0], rows_K)
+        if self._source_T is not None:
+            by_source = nll_by_source(outputs.nll_K, self._source_T[0], rows_K, len(self._sources[mode]))
+            sums = torch.cat([sums, by_source], 1)
+        self._nll[mode].append(sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "loss") if "loss" in logs else ("eval", "eval_loss")
-        if self._by_kind[mode] and prefix in logs:
-            sums = self.accelerator.reduce(torch.stack(self._by_kind[mode]).sum(0), "sum").tolist()
-            self._by_kind[mode].clear()
-            named = zip(TOKEN_KINDS, *sums, strict=True)
-            logs |= {f"{prefix}_{kind}": total / count for kind, total, count in named if count}
+        if self._nll[mode] and prefix in logs:
+            sums = self.accelerator.reduce(torch.stack(self._nll[mode]).sum(0), "sum").tolist()
+            self._nll[mode].clear()
+            parts = [*TOKEN_KINDS, *(f"source_{name}" for name in source_names(self._sources[mode]))]
+            # Of one source there are no sums of its own.
+            named = zip(parts, *sums, strict=False)
+            logs |= {f"{prefix}_{part}": total / count for part, total, count in named if count}
+        if mode == "train" and "loss" in logs:
+            used = device_bytes(self.args.device) or process_bytes()
+            if used is not None:
+                logs["memory_gib"] = round(used / GIB, 4)
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -178,7 +218,8 @@ class PackedDocuments(Dataset):
     """`dataset[pack]` are the documents of a pack (a list of document indexes)."""
 
     def __init__(self, documents: datasets.Dataset, num_packs: int) -> None:
-        self.documents = documents.select_columns(["input_ids", "labels"]).with_format("numpy")
+        columns = [name for name in ("input_ids", "labels", "source") if name in documents.column_names]
+        self.documents = documents.select_columns(columns).with_format("numpy")
         self.num_packs = num_packs
 
     def __len__(self) -> int:
@@ -188,8 +229,7 @@ class PackedDocuments(Dataset):
         if not pack:
             return []
         rows = self.documents[list(pack)]
-        documents = zip(rows["input_ids"], rows["labels"], strict=True)
-        return [{"input_ids": input_ids, "labels": labels} for input_ids, labels in documents]
+        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
 
 class _StreamedPacks(Sampler[list[dict[str, Any]]]):
@@ -250,3 +290,11 @@ class _EvenPacks(Sampler[list[int]]):
 
 def _collate(packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return collate_documents([document for pack in packs for document in pack])
+
+
+def _collate_with_sources(packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """A batch, and int64 [1, T], the source of each token's document."""
+    batch = _collate(packs)
+    sources = [int(document["source"]) for pack in packs for document in pack] or [0]
+    batch[SOURCE_KEY] = torch.tensor(sources).repeat_interleave(batch["cu_seq_lens_q"].diff())[None]
+    return batch

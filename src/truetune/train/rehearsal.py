@@ -32,7 +32,7 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
     device = next(trainer.model.parameters()).device
     if device.type != "cuda":
         with untouched(trainer.model):
-            _forward_backward(trainer, batch)
+            forward_backward(trainer, batch)
         return Rehearsed(0, 0)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
@@ -43,7 +43,7 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
         peak = seconds = None
         with untouched(trainer.model):
             try:
-                _forward_backward(trainer, batch)
+                forward_backward(trainer, batch)
                 torch.cuda.synchronize()
                 peak, seconds = torch.cuda.max_memory_allocated(), clock.seconds()
             except torch.cuda.OutOfMemoryError:
@@ -57,16 +57,9 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
 
 def rehearse_evaluation(trainer: Any, batch: Mapping[str, Any], full_logits: bool) -> bool:
     """Whether a batch without gradients fits."""
-    with untouched(trainer.model), torch.no_grad():
-        trainer.model.eval()
+    with untouched(trainer.model):
         try:
-            inputs = trainer._prepare_inputs(dict(batch))
-            with trainer.accelerator.autocast():
-                if full_logits:
-                    inputs.pop("loss_rows", None)
-                    trainer.model(**inputs, use_cache=False)
-                else:
-                    trainer.fused_outputs(trainer.model, inputs, _num_items(batch))
+            forward_evaluating(trainer, batch, full_logits)
         except torch.cuda.OutOfMemoryError:
             fits = False
         else:
@@ -76,7 +69,21 @@ def rehearse_evaluation(trainer: Any, batch: Mapping[str, Any], full_logits: boo
     return fits
 
 
-def _forward_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
+def forward_evaluating(trainer: Any, batch: Mapping[str, Any], full_logits: bool) -> float:
+    """The loss of a batch, as the evaluation finds it; leaves the model in eval mode."""
+    trainer.model.eval()
+    inputs = trainer._prepare_inputs(dict(batch))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        if full_logits:
+            inputs.pop("loss_rows", None)
+            outputs = trainer.model(**inputs, use_cache=False)
+        else:
+            outputs = trainer.fused_outputs(trainer.model, inputs, _num_items(batch))
+    return outputs.loss.item()
+
+
+def forward_backward(trainer: Any, batch: Mapping[str, Any]) -> float:
+    """The loss of a batch, whose gradients are added to those that are there; leaves the model in training mode."""
     trainer.model.train()
     inputs = trainer._prepare_inputs(dict(batch))
     num_items = _num_items(batch)
@@ -89,6 +96,7 @@ def _forward_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
         else:
             loss = trainer.fused_outputs(trainer.model, inputs, num_items).loss
     loss.backward()
+    return loss.item()
 
 
 def _num_items(batch: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -36,7 +36,7 @@ from truetune.train.batches import (
     has_trl_collator,
     row_lengths,
 )
-from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, refuse_cut_short
+from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, load_other_names, refuse_cut_short
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.metrics import DeviceMetrics
@@ -44,6 +44,7 @@ from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
 from truetune.train.report import TrainReport
 from truetune.train.stock import why_not_unpad, why_stock_trl
+from truetune.train.trials import check_checkpoint, check_evaluation_batch, check_largest_batch
 
 logger = logging.getLogger(__name__)
 FIRST_ROWS = 8
@@ -58,6 +59,11 @@ class SFTTrainer(trl.SFTTrainer):
     Raises `TrainError` where something set explicitly cannot be had.
     """
 
+    trials: ClassVar = {
+        "largest batch": check_largest_batch,
+        "evaluation step": check_evaluation_batch,
+        "checkpoint": check_checkpoint,
+    }  # by the full preflight
     args: trl.SFTConfig  # Transformers declares them wider than they are
     model: Any
 
@@ -260,6 +266,11 @@ class SFTTrainer(trl.SFTTrainer):
         if self.args.should_save:  # the list of an earlier run's checkpoint would vouch for a part of this one
             forget_files(Path(self._get_output_dir(trial=trial)), self.state.global_step)
         super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._ours and not isinstance(self.model, PeftModel):
+            load_other_names(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
