@@ -209,7 +209,7 @@ def make_trainer(
             eval_dataset=None if eval_data is None else eval_data.documents,
             processing_class=tokenizer,
             pack=recipe.packing,
-            counts=data.counts.to_dict(),
+            counts={**data.counts.to_dict(), "supervise": recipe.supervise},
             sources=list(data.shapes),
             eval_sources=[] if eval_data is None else list(eval_data.shapes),
         )

@@ -3,16 +3,21 @@
 import dataclasses
 import importlib
 import itertools
+import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import trl
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from truetune import run
+from truetune.data import turns
 from truetune.models import attention, blocks
 from truetune.models import head as bound_head
 from truetune.models.attention_backends import Documents as Boundaries
@@ -20,6 +25,7 @@ from truetune.proof import storage
 from truetune.proof.errors import ProofError
 from truetune.proof.preflight import EXCERPT
 from truetune.proof.supervision import Documents
+from truetune.recipe import load_recipe
 from truetune.train import proving
 
 GRANITE = {"logits_scaling": 2.0}
@@ -276,6 +282,35 @@ def test_an_export_that_loses_a_tensor(trainer, monkeypatch):
     load = storage.load_file
     monkeypatch.setattr(storage, "load_file", lambda file: dict(list(load(file).items())[1:]))
     assert failed(trainer) == {"export"}
+
+
+def checked(tmp_path, rows, **keys):
+    """The checks of `truetune check` on the built-in model."""
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"model": "builtin:demo", "data": tmp_path / "asked.jsonl", "max_length": 512, **keys}
+    proof = run.check(load_recipe(None, [f"{key}={value}" for key, value in recipe.items()]), Console(quiet=True))
+    return {check.name: check for check in proof.checks}
+
+
+@pytest.mark.parametrize("supervise", ["responses", "all"])
+def test_questions_that_are_supervised_like_answers(tmp_path, gsm8k_rows, monkeypatch, supervise):
+    segments = turns._segments
+    if supervise != "all":
+        monkeypatch.setattr(turns, "_segments", lambda of: [part._replace(supervised=True) for part in segments(of)])
+    rows = [{"user": row["question"], "assistant": row["answer"]} for row in gsm8k_rows[:12]]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    roles = checked(tmp_path, rows, supervise=supervise)["roles"]
+    assert roles.details["user"]["share"] > 0.9
+    assert (roles.verdict, roles.allow) == (("pass", "") if supervise == "all" else ("fail", "supervised_roles"))
+
+
+def test_a_source_of_which_nothing_is_trained(tmp_path, gsm8k_rows):
+    (tmp_path / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": "Nobody answers."}]}\n')
+    rows = [{"user": row["question"], "assistant": row["answer"]} for row in gsm8k_rows[:12]]
+    data = f"[{{path: {tmp_path}/asked.jsonl}}, {{path: {tmp_path}/silent.jsonl}}]"
+    sources = checked(tmp_path, rows, data=data)["sources"]
+    assert sources.verdict == "warn" and f"nothing of {tmp_path}/silent.jsonl is trained" in sources.mend
+    assert sources.details[f"{tmp_path}/asked.jsonl"]["rows"] == 12
 
 
 def test_a_checkpoint_without_a_tensor(make, monkeypatch):

@@ -1,6 +1,6 @@
 """Rows, tokens and supervised tokens of prepared documents, by source and by role."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -36,7 +36,7 @@ def breakdown(documents: datasets.Dataset, sources: Sequence[str]) -> dict[str, 
     }
 
 
-def in_words(shares: dict[str, float]) -> str:
+def in_words(shares: Mapping[str, Any]) -> str:
     return (
         f"{shares['rows']:,} rows, {shares['tokens']:,} tokens, {shares['supervised']:,} supervised "
         f"({shares['share']:.1%})"

@@ -21,7 +21,6 @@ from truetune.proof.result import Check, Verdict
 SHOWN = 3  # worst documents of a kind
 SHOWN_SHARES = 8  # sources or roles
 NOT_ANSWERS = ("system", "developer", "user", "tool", "prompt")
-MEANT = 0.5  # share of a role's tokens from which it is taken to be supervised on purpose
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def audit(
     evaluation: Documents | None = None,
     strict: bool = True,
 ) -> list[Check]:
-    """`stops`: ids that generation ends on; `counts`: what became of the rows (`Counts`), and what is trained by source
-    and role (`breakdown`), where that is known.
+    """`stops`: ids that generation ends on; `counts`: what became of the rows (`Counts`), what is trained by source and
+    role (`breakdown`), and the recipe's `supervise`, where they are known.
 
     Not `strict`: what could be accepted by name is a warning, because data may be meant to be so.
     """
@@ -125,7 +124,10 @@ def audit(
         _prompts(documents, tokenizer, limits),
     ]
     if counts is not None:
-        checks += [_shares(kind, counts[kind]) for kind in ("sources", "roles") if kind in counts]
+        if "sources" in counts:
+            checks.append(_sources(counts["sources"]))
+        if "roles" in counts:
+            checks.append(_roles(counts["roles"], counts.get("supervise", "all")))
         checks.append(_lost(counts, limits))
     checks.append(_duplicates(documents, tokenizer))
     if evaluation is not None:
@@ -148,22 +150,32 @@ def _supervised(documents: Documents, limits: Limits) -> Check:
     )
 
 
-def _shares(kind: str, shares: Mapping[str, Mapping[str, Any]]) -> Check:
-    """What is trained of each source or role, as the preparation of the rows tells them."""
-    shown = [f"{name}: {in_words(dict(found))}" for name, found in shares.items()]
-    if len(shown) > SHOWN_SHARES:
-        shown = [*shown[:SHOWN_SHARES], f"{len(shown) - SHOWN_SHARES} more in proof.json"]
-    if kind == "sources":
-        bad = [name for name, found in shares.items() if not found["supervised"]]
-        mend = f"nothing of {' and '.join(bad)} is trained: look at its rows with truetune inspect, or drop it"
-    else:
-        # With supervise: all it is nearly the whole of them.
-        bad = [name for name in NOT_ANSWERS if 0 < shares.get(name, {}).get("share", 0) < MEANT]
-        mend = f"some of what {' and '.join(bad)} say is trained, and not all: look at it with truetune inspect"
+def _sources(shares: Mapping[str, Mapping[str, Any]]) -> Check:
+    bad = [name for name, found in shares.items() if not found["supervised"]]
     return Check(
-        kind, "; ".join(shown), "each is trained" if kind == "sources" else "answers alone, or everything",
-        "warn" if bad else "pass", mend=mend if bad else "", details={name: dict(of) for name, of in shares.items()},
+        "sources", _in_words(shares), "each is trained", "warn" if bad else "pass",
+        mend=f"nothing of {' and '.join(bad)} is trained: look at its rows with truetune inspect, or drop it"
+        if bad else "",
+        details={name: dict(found) for name, found in shares.items()},
     )  # fmt: skip
+
+
+def _roles(shares: Mapping[str, Mapping[str, Any]], supervise: str) -> Check:
+    """`supervise`: what was asked for."""
+    bad = [name for name in NOT_ANSWERS if supervise != "all" and shares.get(name, {}).get("supervised")]
+    return Check(
+        "roles", _in_words(shares), f"supervise: {supervise}", "fail" if bad else "pass",
+        mend=f"what {' and '.join(bad)} say is trained: report the chat template, or set supervise: all if it is meant"
+        if bad else "",
+        allow="supervised_roles" if bad else "",
+        details={name: dict(found) for name, found in shares.items()},
+    )  # fmt: skip
+
+
+def _in_words(shares: Mapping[str, Mapping[str, Any]]) -> str:
+    shown = [f"{name}: {in_words(found)}" for name, found in shares.items()]
+    more = len(shown) - SHOWN_SHARES
+    return "; ".join(shown[:SHOWN_SHARES] + ([f"{more} more in proof.json"] if more > 0 else []))
 
 
 def _labels(documents: Documents, tokenizer: Any) -> Check:

@@ -31,8 +31,9 @@ class RecipeTrainer(SFTTrainer):
     Which documents share a pack is a pure function of lengths, seed and epoch. A `datasets.IterableDataset` is packed
     from a buffer, a pure function of its documents, seed and epoch, and begun again at its end, until `args.max_steps`.
     The evaluation loss is the mean over all supervised tokens, not over batches. `counts`: what became of the rows that
-    the documents come from (`Counts.to_dict()`), for the audit. `sources`, `eval_sources`: where they come from, by the
-    documents' column `source`; of more than one, each has a loss of its own (`loss_source_<name>`, see `source_names`).
+    the documents come from (`Counts.to_dict()`) and the recipe's `supervise`, for the audit. `sources`, `eval_sources`:
+    where they come from, by the documents' column `source`; of more than one, each has a loss of its own
+    (`loss_source_<name>`, see `source_names`).
     """
 
     def __init__(
