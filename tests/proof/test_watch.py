@@ -1,7 +1,6 @@
 """While it runs: a loss that is not finite stops with its batches, and what is strange is named."""
 
 import json
-import time
 import types
 
 import pytest
@@ -97,15 +96,20 @@ class Leak(TrainerCallback):
         self.kept.append(torch.ones(6, 2**18))
 
 
-class Slows(TrainerCallback):
-    """From `step` on, each step takes `seconds` longer."""
+class Clock(TrainerCallback):
+    """A step takes a tenth of a second, from `slow` on `more` in addition; in the run's second half an evaluation and a
+    checkpoint take a second."""
 
-    def __init__(self, step, seconds):
-        self.step, self.seconds = step, seconds
+    def __init__(self):
+        self.now, self.slow, self.more = 0.0, float("inf"), 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            time.sleep(self.seconds)
+        self.now += 0.1 + self.more * (state.global_step >= self.slow)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.now += state.global_step > args.max_steps / 2
+
+    on_save = on_evaluate
 
 
 def kinds(trainer):
@@ -164,24 +168,19 @@ def test_memory_of_files_is_not_counted(tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Runs of seconds are judged like those of hours."""
+    """Runs of seconds are judged like those of hours, by a clock that other work on this machine does not move."""
     monkeypatch.setattr(watch_module, "Throughput", lambda: Throughput(least_seconds=0.0))
+    clock = Clock()
+    monkeypatch.setattr(watch_module, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
 
 def test_a_run_that_slows_down_is_named_once(make, caplog, hasty):
-    trainer = make(preflight="quick", max_steps=JUDGED + SAMPLE, callbacks=[Slows(JUDGED, 0.3)])
+    hasty.slow, hasty.more = JUDGED, 0.3
+    trainer = make(preflight="quick", max_steps=JUDGED + SAMPLE, callbacks=[hasty])
     trainer.train()
     assert kinds(trainer) == ["slower"]
     assert any("were usual, with steps of like size" in record.getMessage() for record in caplog.records)
-
-
-class Waits(TrainerCallback):
-    """An evaluation and a checkpoint that take long in the run's second half."""
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        time.sleep(0.1 * (state.global_step > args.max_steps / 2))
-
-    on_save = on_evaluate
 
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
@@ -190,7 +189,7 @@ def test_evaluations_and_checkpoints_are_no_drift(make, hasty, logging_steps):
         preflight="quick", max_steps=logging_steps * (JUDGED + 2 * SAMPLE), logging_steps=logging_steps, evaluate=True,
         eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=2, save_total_limit=1,
     )  # fmt: skip
-    trainer.callback_handler.callbacks.insert(0, Waits())  # so that the watch is asked after it
+    trainer.callback_handler.callbacks.insert(0, hasty)  # so that the watch is asked after it
     trainer.train()
     assert "slower" not in kinds(trainer) and "host memory grows" not in kinds(trainer)
 
