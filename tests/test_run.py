@@ -228,7 +228,7 @@ def test_several_sources_have_losses_and_counts_of_their_own(tmp_path, settings,
         assert found[str(gsm8k)]["rows"] == ROWS and found[f"{tmp_path}/words.jsonl"]["rows"] == 60
         assert sum(of["supervised"] for of in found.values()) == counts["supervised"]
         roles = checks["roles"]["details"]
-        assert roles["assistant"]["supervised"] == counts["supervised"] and roles["user"]["supervised"] == 0
+        assert roles["assistant"]["supervised"] == counts["supervised"] and roles["prompt"]["supervised"] == 0
         assert f"assistant: {ROWS + 60} rows" in checks["roles"]["seen"]
 
 

@@ -40,21 +40,23 @@ def said(tokenizer, document, role, supervised=None):
 
 def test_tokens_know_whose_text_they_are(tokenizer):
     (document,), _ = Encoder(tokenizer, chat_template="chatml").encode([Row(CHAT)])
-    assert said(tokenizer, document, "system") == ["Be brief, user."]
-    assert said(tokenizer, document, "tool") == ["4"]
-    assert said(tokenizer, document, "user") == ["a", "What is 2 + 2? ½ 😀"]
+    prompts = said(tokenizer, document, "prompt", supervised=False)
+    for prompt, text in zip(prompts, ("user\na<|im_end|>", "2 + 2? ½ 😀<|im_end|>", "4<|im_end|>"), strict=True):
+        assert text in prompt and prompt.endswith("assistant\n")
     first, second, third = said(tokenizer, document, "assistant")
     assert (first, third) == ("s<|im_end|>", "It is 4.<|im_end|>") and '"add"' in second
     assert said(tokenizer, document, "assistant", supervised=False) == []
     assert "".join(said(tokenizer, document, "template", supervised=True)) == ""
 
 
-def test_an_answer_that_is_not_trained_is_the_assistants_all_the_same(tokenizer):
+def test_an_answer_that_is_not_trained_is_prompt(tokenizer):
     (document,), _ = Encoder(tokenizer, chat_template="chatml", supervise="last_response").encode(
         [Row(CHAT[:4] + CHAT[6:])]
     )
-    assert said(tokenizer, document, "assistant", supervised=False) == ["s"]
+    assert said(tokenizer, document, "assistant", supervised=False) == []
     assert said(tokenizer, document, "assistant", supervised=True) == ["It is 4.<|im_end|>"]
+    (prompt,) = said(tokenizer, document, "prompt")
+    assert "s<|im_end|>" in prompt
 
 
 def test_everything_supervised_is_told_by_role_too(tokenizer):
@@ -77,8 +79,10 @@ def test_tokenizing_whole_tells_the_same_roles(tokenizer):
     pieces, whole = (Encoder(tokenizer, chat_template="chatml") for _ in range(2))
     whole._in_pieces = False
     rows = [Row(CHAT), Row(prompt="One two.", completion=" Three.")]
-    for one, other in zip(pieces.encode(rows)[0], whole.encode(rows)[0], strict=True):
-        assert (one.input_ids, one.labels, one.roles) == (other.input_ids, other.labels, other.roles)
+    for supervise in ("responses", "all"):
+        pieces.supervise = whole.supervise = supervise
+        for one, other in zip(pieces.encode(rows)[0], whole.encode(rows)[0], strict=True):
+            assert (one.input_ids, one.labels, one.roles) == (other.input_ids, other.labels, other.roles)
 
 
 @pytest.fixture
@@ -110,7 +114,7 @@ def test_sources_are_counted_as_each_alone(sources, tokenizer, tmp_path, overflo
     roles = found["roles"]
     assert sum(of["tokens"] for of in roles.values()) == together.counts.tokens
     assert sum(of["supervised"] for of in roles.values()) == together.counts.supervised
-    assert roles["system"]["supervised"] == roles["user"]["supervised"] == roles["template"]["supervised"] == 0
+    assert roles["prompt"]["supervised"] == 0
     assert roles["assistant"]["share"] == 1.0 or overflow == "split"  # whose pieces begin unsupervised
     assert roles["text"]["share"] > 0.9
     assert roles["text"]["rows"] == 7
@@ -132,7 +136,7 @@ def test_the_same_rows_of_other_sources_are_other_rows(tmp_path):
 def test_inspect_shows_both(sources, tokenizer, tmp_path):
     prepared = prepare(sources, tokenizer, max_length=256, cache_dir=tmp_path / "cache")
     summary = audit.summary(prepared)
-    assert summary["roles"].keys() == {"template", "system", "user", "assistant", "text"}
+    assert summary["roles"].keys() == {"template", "assistant", "prompt", "text"}
     console = Console(file=io.StringIO(), width=200)
     console.print(audit.render_summary(summary))
     printed = console.file.getvalue()

@@ -25,8 +25,10 @@ from truetune.data.templates import template_text
 from truetune.data.turns import Segment, TurnRenderer, documents, shared_length
 
 IGNORE_INDEX = -100
-# Whose text a token is; a document holds indexes of these. An answer includes the token that ends it; what the chat
-# template writes round and between messages (tool calls and reasoning of prompts too) is "template".
+# Whose text a token is; a document holds indexes of these. An answer includes the token that ends it; all that stands
+# before it, earlier answers that are not trained too, is "prompt", because telling roles apart there would cost a quarter
+# of the whole preparation. Where whole conversations are trained, messages have their roles, and "template" is what the
+# chat template writes round and between them.
 TEXT_ROLES = ("template", *ROLES, "prompt", "completion", "text")
 _INDEX = {role: index for index, role in enumerate(TEXT_ROLES)}
 
@@ -179,7 +181,7 @@ class Encoder:
         return result
 
     def _pieces(self, segments: Sequence[Segment]) -> list[tuple[list[int], bytes]]:
-        """Ids and roles of each; only where several roles meet are the places of the tokens asked for."""
+        """Ids and roles of each; only where several roles are trained are the places of the tokens asked for."""
         mixed = [segment for segment in segments if segment.messages]
         located = iter(self._batch_located([segment.text for segment in mixed]))
         plain = iter(self._batch_ids([segment.text for segment in segments if not segment.messages]))

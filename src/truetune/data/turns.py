@@ -41,7 +41,7 @@ _CONVERSATIONS_A_CALL = 32  # that share the limit of time
 
 
 class Segment(NamedTuple):
-    """A part of a document. `role`: whose text it is; "": it holds what the template wrote round `messages`."""
+    """A part of a document. `role`: whose text it is; "" of a text that the template made of all `messages`."""
 
     text: str
     supervised: bool
@@ -51,12 +51,12 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """`messages`: those of the conversation up to the answer, which is the last of them."""
+    """`role`: of the message that is the answer."""
 
     prompt: str
     answer: str
     tail: str
-    messages: Sequence[Message]
+    role: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,9 @@ class TurnRenderer:
         """The rendering of each whole conversation."""
         jobs = [(chat, chat.messages) for chat in map(self._chat, rows)]
         texts = self._render(jobs)
-        return [Segment(text, supervised, messages=messages) for text, (_, messages) in zip(texts, jobs, strict=True)]
+        if not supervised:
+            return [Segment(text, False, "prompt") for text in texts]
+        return [Segment(text, True, messages=messages) for text, (_, messages) in zip(texts, jobs, strict=True)]
 
     # ---- rendering ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class TurnRenderer:
         counts["empty_answers"] += not (message["content"].strip() or message.get("tool_calls"))
         counts["thinking_ignored"] += reasoning not in answer
         counts["empty_think_supervised"] += _NOT_REASONED.match(answer) is not None
-        return Turn(prompt, answer, tail, chat.messages[: i + 1])
+        return Turn(prompt, answer, tail, message["role"])
 
     def _is_written(self, chat: Chat, i: int, whole: str, answer: str) -> bool:
         """Whether what stands in the answer's place comes from the message at all."""
@@ -404,13 +406,12 @@ def documents(turns: Iterable[Turn]) -> list[list[Segment]]:
 
 def _segments(turns: Sequence[Turn]) -> list[Segment]:
     segments: list[Segment] = []
-    done = said = 0
+    done = 0
     for turn in turns:
-        *before, answer = turn.messages
-        segments.append(Segment(turn.prompt[done:], False, messages=before[said:]))
-        segments.append(Segment(turn.answer, True, role=answer["role"]))
-        done, said = len(turn.prompt) + len(turn.answer), len(turn.messages)
-    return [*segments, Segment(turns[-1].tail, False)]
+        segments.append(Segment(turn.prompt[done:], False, "prompt"))
+        segments.append(Segment(turn.answer, True, turn.role))
+        done = len(turn.prompt) + len(turn.answer)
+    return [*segments, Segment(turns[-1].tail, False, "template")]
 
 
 def _supervised(chat: Chat, last_only: bool, counts: Counter[str]) -> list[int]:
