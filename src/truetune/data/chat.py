@@ -25,9 +25,9 @@ from truetune.data.templates import template_text
 from truetune.data.turns import Segment, TurnRenderer, documents, shared_length
 
 IGNORE_INDEX = -100
-# Whose text a token is; a document holds indexes of these. An answer includes the token that ends it. All that stands
-# before it, earlier answers that are not trained too, is "prompt": to tell roles apart there would cost a quarter of the
-# whole preparation. Where whole conversations are trained, messages have their roles, and "template" is what the chat
+# Whose text a token is; a document holds indexes of these. An answer includes the token that ends it. All before it,
+# earlier answers that are not trained too, is "prompt": to tell roles apart there would cost a quarter of the whole
+# preparation. Where whole conversations are trained, messages have their roles, and "template" is what the chat
 # template writes round and between them.
 TEXT_ROLES = ("template", *ROLES, "prompt", "completion", "text")
 _INDEX = {role: index for index, role in enumerate(TEXT_ROLES)}
