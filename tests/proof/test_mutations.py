@@ -27,6 +27,7 @@ from truetune.proof.preflight import EXCERPT
 from truetune.proof.supervision import Documents
 from truetune.recipe import load_recipe
 from truetune.train import proving
+from truetune.train.errors import TrainError
 
 GRANITE = {"logits_scaling": 2.0}
 head = importlib.import_module("truetune.ops.linear_cross_entropy")  # the package's name is the function
@@ -83,6 +84,13 @@ def test_faults_of_labels(make, tokenizer, monkeypatch, fault, check):
     changed = Documents(*fault([ids for ids, _ in parts], [labels for _, labels in parts], tokenizer))
     monkeypatch.setattr(trainer, "documents_to_audit", lambda everything: (changed, None, None))
     assert check in failed(trainer)
+
+
+def test_the_tokenizer_of_a_model_with_more_tokens(trainer):
+    trainer.model.get_base_model().resize_token_embeddings(300)
+    assert "token ids" in failed(trainer)
+    with pytest.raises(TrainError, match="token ids that the model has no embedding for: the tokenizer knows more"):
+        trainer.rehearse()
 
 
 # -- attention and batches ---------------------------------------------------------------------------------------------
@@ -300,7 +308,7 @@ def test_questions_that_are_supervised_like_answers(tmp_path, gsm8k_rows, monkey
     rows = [{"user": row["question"], "assistant": row["answer"]} for row in gsm8k_rows[:12]]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     roles = checked(tmp_path, rows, supervise=supervise)["roles"]
-    assert roles.details["user"]["share"] > 0.9
+    assert roles.details["user" if supervise == "all" else "prompt"]["share"] > 0.9
     assert (roles.verdict, roles.allow) == (("pass", "") if supervise == "all" else ("fail", "supervised_roles"))
 
 

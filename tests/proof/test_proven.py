@@ -18,8 +18,8 @@ from truetune.proof.proven import REUSED
 from truetune.recipe import load_recipe
 
 AUDIT = {
-    "supervised tokens", "sources", "roles", "labels", "first tokens", "turn ends", "prompts", "truncation",
-    "duplicates",
+    "supervised tokens", "token ids", "sources", "roles", "labels", "first tokens", "turn ends", "prompts",
+    "truncation", "duplicates",
 }  # fmt: skip
 PROVEN = AUDIT | {"leak probe", "reference parity", "export"}
 MADE_AGAIN = {"weights", "adapter targets", "attention", "layers", "loss", "batches", "disk", "trained tensors"}

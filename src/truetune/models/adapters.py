@@ -18,6 +18,11 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def embedding_rows(model: Any) -> int:
+    """How many token ids the model knows; a resized embedding has its rows here too."""
+    return base_model(model).config.get_text_config().vocab_size
+
+
 @dataclass
 class AdapterReport:
     """What `cast_adapters_to_activations` did: how many LoRA layers, and those left to PEFT with the reason."""

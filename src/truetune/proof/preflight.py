@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from truetune.models.adapters import base_model
+from truetune.models.adapters import base_model, embedding_rows
 from truetune.proof.effect import check_parts, check_targets, check_weights
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import Document, documents_of, excerpt
@@ -121,6 +121,6 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     length = trainer.args.max_length
     return audit(
-        documents, tokenizer, limits, stops=sorted(stops), max_length=length, counts=counts, evaluation=evaluation,
-        strict=level == "full",
+        documents, tokenizer, limits, stops=sorted(stops), max_length=length, embeddings=embedding_rows(trainer.model),
+        counts=counts, evaluation=evaluation, strict=level == "full",
     )  # fmt: skip

@@ -107,17 +107,19 @@ def audit(
     *,
     stops: Sequence[int],
     max_length: int | None,
+    embeddings: int,
     counts: Mapping[str, Any] | None = None,
     evaluation: Documents | None = None,
     strict: bool = True,
 ) -> list[Check]:
-    """`stops`: ids that generation ends on; `counts`: what became of the rows (`Counts`), what is trained by source and
-    role (`breakdown`), and the recipe's `supervise`, where they are known.
+    """`stops`: ids that generation ends on; `embeddings`: rows of the model's input embedding; `counts`: what became of
+    the rows (`Counts`), what is trained by source and role (`breakdown`), and the recipe's `supervise`, where known.
 
     Not `strict`: what could be accepted by name is a warning, because data may be meant to be so.
     """
     checks = [
         _supervised(documents, limits),
+        _known_ids(documents, embeddings),
         _labels(documents, tokenizer),
         _first_tokens(documents, tokenizer),
         _turn_ends(documents, tokenizer, limits, stops, max_length),
@@ -148,6 +150,19 @@ def _supervised(documents: Documents, limits: Limits) -> Check:
         allow="few_supervised" if low and supervised else "",
         details={"supervised": supervised, "tokens": tokens, "documents": len(documents), "share": share},
     )
+
+
+OTHER_TOKENIZER = "the tokenizer knows more tokens than the model: use the model's own, or resize the embeddings"
+
+
+def _known_ids(documents: Documents, embeddings: int) -> Check:
+    """A GPU ends the process at an id without a row, in a kernel's assertion that names nothing."""
+    largest = int(documents.ids_N.max(initial=0))
+    bad = largest >= embeddings
+    return Check(
+        "token ids", f"the largest is {largest:,}", f"below {embeddings:,}, the embedding's rows",
+        "fail" if bad else "pass", mend=OTHER_TOKENIZER if bad else "",
+    )  # fmt: skip
 
 
 def _sources(shares: Mapping[str, Mapping[str, Any]]) -> Check:

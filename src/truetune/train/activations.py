@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from truetune.models.adapters import embedding_rows
 from truetune.models.errors import ModelError
 from truetune.models.memory import FP32, StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
 from truetune.models.plan import (
@@ -24,6 +25,7 @@ from truetune.models.plan import (
     set_activations,
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, host_bytes, known_flops, known_host_rate
+from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.train.batches import full_batch
 from truetune.train.errors import TrainError
 from truetune.train.rehearsal import Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
@@ -119,6 +121,8 @@ class Activations:
         if batch is None:
             self.notes.append("not rehearsed: the lengths of the data are not known before it is read")
             return
+        if int(batch["input_ids"].max()) >= embedding_rows(self.trainer.model):
+            raise TrainError(f"The data has token ids that the model has no embedding for: {OTHER_TOKENIZER}.")
         tokens = batch["input_ids"].numel()
         self.memory = replace(self.memory, tokens=tokens)
         fitting: tuple[str, ...] | None = None
