@@ -170,6 +170,7 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         output_dir=tempfile.mkdtemp(),
         max_steps=STEPS,
         per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=1,  # named, because Unsloth's default is 2
         learning_rate=1e-5,
         bf16=True,
         logging_steps=1,
@@ -213,6 +214,8 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         return batch
 
     trainer.data_collator = counted
+    if trainer.args.gradient_accumulation_steps != 1:
+        raise RuntimeError(f"{system} accumulates gradients: a step is {ROWS} rows for everybody.")
     ready = time.perf_counter()
     trainer.train()
     seconds = stamps[-1] - stamps[WARM_UP - 1]
