@@ -220,6 +220,23 @@ def test_every_module_has_the_mode_that_was_asked_for_and_none_is_asked_twice(mo
     assert "train" not in vars(model) and "train" in vars(copied)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_found_in_pytorchs_order_each_once(tied):
+    model = with_lora(make("qwen3", tie_word_embeddings=tied))
+    expected = list(model.parameters())
+    fuse(model)
+    assert all(a is b for a, b in zip(model.parameters(), expected, strict=True))
+    assert list(model.parameters(recurse=False)) == []
+    for parameter in expected:
+        parameter.grad = torch.ones_like(parameter)
+    model.zero_grad(set_to_none=False)
+    assert not any(parameter.grad.any() for parameter in expected)
+    model.zero_grad()
+    assert all(parameter.grad is None for parameter in expected)
+    unfuse(model)
+    assert not {"parameters", "zero_grad"} & set(vars(model))
+
+
 def test_generation_with_a_cache_is_the_same_fused_and_not():
     model = make("qwen3").eval()
     prompt = torch.randint(3, 199, (2, 7))

@@ -1,0 +1,69 @@
+"""What Transformers asks of a model in every step, and PyTorch answers by a slow walk through all of its modules.
+
+The device waits meanwhile. With LoRA an 8B model has 2,665 modules: on a GPU's host `train` took 6 ms a step, the
+search for gradients to clip 8 and `zero_grad` 5. These give the same answers, bound to the instance, in a fraction.
+"""
+
+import types
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def bind_walks(model: nn.Module) -> None:
+    """Binds them where the class has PyTorch's own."""
+    if type(model).train in (nn.Module.train, PreTrainedModel.train):
+        vars(model)["train"] = types.MethodType(_train, model)
+    if type(model).zero_grad is nn.Module.zero_grad:
+        vars(model)["zero_grad"] = types.MethodType(_zero_grad, model)
+    if type(model).parameters is nn.Module.parameters:
+        vars(model)["parameters"] = types.MethodType(_parameters, model)
+
+
+def unbind_walks(model: nn.Module) -> None:
+    for walk in (_train, _zero_grad, _parameters):
+        name = walk.__name__.removeprefix("_")
+        if getattr(vars(model).get(name), "__func__", None) is walk:
+            del vars(model)[name]
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """In PyTorch's order; one that stands in several places comes several times."""
+    found: list[nn.Module] = []
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None:
+            found.append(module)
+            if module._modules:
+                left += list(module._modules.values())[::-1]
+    return found
+
+
+def _train(self, mode: bool = True) -> nn.Module:
+    """The model's own, unless there is nothing to change."""
+    for module in _modules(self):
+        if module.training is not mode:
+            return type(self).train(self, mode)
+    return self
+
+
+def _parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+    if not recurse:
+        return type(self).parameters(self, recurse=False)
+    found: dict[nn.Parameter, None] = {}  # each once, and in order
+    for module in _modules(self):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[parameter] = None
+    return iter(found)
+
+
+def _zero_grad(self, set_to_none: bool = True) -> None:
+    if not set_to_none:
+        type(self).zero_grad(self, set_to_none=False)
+        return
+    for parameter in _parameters(self):
+        if parameter.grad is not None:
+            parameter.grad = None
