@@ -16,6 +16,7 @@ from truetune.proof.leaks import check_leaks
 from truetune.proof.parity import check_parity
 from truetune.proof.proven import REUSED, Proven
 from truetune.proof.result import Check, Proof, accepted, failure
+from truetune.proof.schedule import check_schedule
 from truetune.proof.storage import check_disk, check_export
 from truetune.proof.supervision import Limits, audit
 from truetune.proof.untouched import forget_failure, forget_memory, untouched
@@ -35,8 +36,8 @@ def check_level(level: str) -> None:
 def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven: Proven | None = None) -> Proof:
     """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
 
-    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads`,
-    `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were. `proven`:
+    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `planned_steps()`, `fused_outputs`,
+    `unpads`, `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were. `proven`:
     where checks that need not be made again are found and kept.
     """
     begun = time.perf_counter()
@@ -73,6 +74,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
     run("weights", lambda: check_weights(trainer.model))
     run("adapter targets", lambda: check_targets(trainer.model))
     run("parts", lambda: check_parts(trainer))
+    run("schedule", lambda: check_schedule(trainer, strict=level == "full"))
     run("supervised tokens", lambda: _audit(trainer, level, limits))
     if not trainer.report.stock:
         some: list[Document] = []

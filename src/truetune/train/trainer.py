@@ -34,6 +34,7 @@ from truetune.train.batches import (
     batch_of_rows,
     documents_of_rows,
     has_trl_collator,
+    planned_steps,
     row_lengths,
 )
 from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, load_other_names, refuse_cut_short
@@ -198,6 +199,13 @@ class SFTTrainer(trl.SFTTrainer):
         """As the data loader would give it; None where the lengths of the data are not known before it is read."""
         dataset = self.eval_dataset if evaluation else self.train_dataset
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where the data has no length."""
+        return planned_steps(self.args, self._rows_an_epoch(), self._train_batch_size)
+
+    def _rows_an_epoch(self) -> int | None:
+        return len(self.train_dataset) if has_length(self.train_dataset) else None  # type: ignore[arg-type]
 
     @property
     def unpads(self) -> bool:
