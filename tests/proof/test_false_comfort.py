@@ -1,8 +1,13 @@
 """Runs that would teach nothing, or something else, and of which every number looks right."""
 
-import pytest
+import json
 
+import pytest
+from rich.console import Console
+
+from truetune import run
 from truetune.proof.errors import ProofError
+from truetune.recipe import load_recipe
 
 
 def said(trainer, name):
@@ -62,3 +67,103 @@ def test_the_steps_that_are_planned_are_those_that_are_made(make, fields):
     planned = trainer.planned_steps()
     trainer.train()
     assert trainer.state.global_step == planned
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(gsm8k_rows):
+    return [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in gsm8k_rows[:24]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: {"completion": ""}, "answers say nothing"),
+        (lambda row: {"completion": " \n"}, "answers say nothing"),
+        (lambda row: {"completion": row["prompt"]}, "answers repeat their prompts"),
+        (lambda row: {"completion": "I cannot help with that."}, "nearly all answers are the same"),
+        (lambda row: {"prompt": "Question\n"}, "one prompt stands before most answers"),
+    ],
+    ids=["empty", "white space", "copies", "one answer", "one prompt"],
+)
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_answers_that_teach_nothing_are_named(make, pairs, change, words, packing):
+    trainer = make(preflight="quick", packing=packing, rows=[{**row, **change(row)} for row in pairs])
+    assert words in said(trainer, "answers")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"It is {number} o'clock in the morning."} for number in range(30)],
+        [{"prompt": f"Is {number} odd?", "completion": " yes" if number % 2 else " no"} for number in range(30)],
+        [{"prompt": f"The capital of country {number} is Town {number}. What is it?", "completion": f" Town {number}"}
+         for number in range(30)],
+        [{"prompt": "Hello", "completion": " Good day to you"}] * 4,
+    ],
+    ids=["text", "classes", "extracts", "few"],
+)  # fmt: skip
+def test_short_and_extracted_answers_are_not(make, rows):
+    assert not said(make(preflight="quick", rows=rows), "answers")
+
+
+MASKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'ROLE' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chats(gsm8k_rows):
+    return [
+        {"messages": [{"role": role, "content": row[part]} for row in pair for role, part in
+                      (("user", "question"), ("assistant", "answer"))]}
+        for pair in zip(gsm8k_rows[:8], gsm8k_rows[8:16], strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_a_mask_that_is_off_by_one_turn_is_named(make, tokenizer, chats, role, packing):
+    tokenizer.chat_template = MASKED.replace("ROLE", role)
+    trainer = make(preflight="quick", rows=chats, assistant_only_loss=True, packing=packing, max_length=512)
+    assert ("other turns than the assistant's" in said(trainer, "turn starts")) == (role == "user")
+
+
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_turns_of_a_chat_are_the_assistants(make, tokenizer, chats, assistant_only_loss):
+    tokenizer.chat_template = MASKED.replace("ROLE", "assistant")
+    trainer = make(preflight="quick", rows=chats, assistant_only_loss=assistant_only_loss)
+    assert not said(trainer, "turn starts")
+    begun = [{"prompt": [*chat["messages"][:1], {"role": "assistant", "content": "I"}],
+              "completion": [{"role": "assistant", "content": " say four"}]} for chat in chats]  # fmt: skip
+    assert not said(make(preflight="quick", rows=begun), "turn starts")
+
+
+def test_what_the_chat_template_leaves_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}<|{{ m['role'] }}|> {{ m['content'] }}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tmp_path / "template.jinja").write_text(template)
+    rows = [
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {n} odd?"},
+                      {"role": "assistant", "content": "yes" if n % 2 else "no"}]}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"model": "builtin:demo", "data": tmp_path / "chats.jsonl", "max_length": 128, "output_dir": tmp_path / "o"}
+    found = {}
+    for template in ("template.jinja", None):
+        more = [] if template is None else [f"chat_template={tmp_path / template}"]
+        recipe = load_recipe(None, [*(f"{key}={value}" for key, value in words.items()), *more])
+        checks = run.check(recipe, Console(quiet=True)).checks
+        found[template] = next(check for check in checks if check.name == "chat template")
+    assert found[None].verdict == "pass"
+    assert found["template.jinja"].verdict == "warn"
+    assert found["template.jinja"].seen == "40 rows whose system messages the chat template leaves out"

@@ -37,8 +37,8 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
     """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
 
     The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `planned_steps()`, `fused_outputs`,
-    `unpads`, `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were. `proven`:
-    where checks that need not be made again are found and kept.
+    `unpads`, `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were.
+    `proven`: where checks that need not be made again are found and kept.
     """
     begun = time.perf_counter()
     proof = Proof()

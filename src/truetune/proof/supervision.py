@@ -14,12 +14,18 @@ import datasets
 import numpy as np
 
 from truetune.data.breakdown import in_words
+from truetune.data.chat import COUNTS
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import IGNORE_INDEX
 from truetune.proof.result import Check, Verdict
 
 SHOWN = 3  # worst documents of a kind
 SHOWN_SHARES = 8  # sources or roles
+MOST_EMPTY, MOST_ALIKE, MOST_ONE_ANSWER = 0.1, 0.5, 0.9  # of the answers
+ENOUGH_ANSWERS = 16
+COPY_TOKENS = 8  # a shorter answer may well stand in its prompt
+LEAST_INSIDE = 0.5  # of supervised turns that are the assistant's
+LEFT_OUT = tuple(name for name in COUNTS if name.endswith("_ignored"))
 NOT_ANSWERS = ("system", "developer", "user", "tool", "prompt")
 
 
@@ -124,8 +130,12 @@ def audit(
         _first_tokens(documents, tokenizer),
         _turn_ends(documents, tokenizer, limits, stops, max_length),
         _prompts(documents, tokenizer, limits),
+        _answers(documents, tokenizer, stops),
+        *_turn_starts(documents, tokenizer, stops),
     ]
     if counts is not None:
+        if left_out := _left_out(counts):
+            checks.append(left_out)
         if "sources" in counts:
             checks.append(_sources(counts["sources"]))
         if "roles" in counts:
@@ -282,6 +292,127 @@ def _prompts(documents: Documents, tokenizer: Any, limits: Limits) -> Check:
         allow="prompts_supervised" if high else "",
         details={"share": share, **_shown(documents, np.flatnonzero(whole), tokenizer)},
     )
+
+
+def _answers(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> Check:
+    """What is said behind prompts: the same as they say, as all others, or nothing; or all prompts are one.
+
+    An answer is the first supervised turn of a document; a document that is supervised as a whole has none.
+    """
+    starts, last = documents.turns
+    of, first = np.unique(documents.document_of(starts), return_index=True)
+    asked = starts[first] - documents.ends[of] > 1  # plain text has its first token before it, and so has a part
+    of, starts, ends = of[asked], starts[first][asked], last[first][asked] + 1
+    silent = {*stops, *tokenizer.all_special_ids}
+    ids_N, answers, prompts = documents.ids_N, Counter[bytes](), Counter[bytes]()
+    empty, copies = [], []
+    for document, start, end in zip(of.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        answer = ids_N[start:end]
+        while len(answer) and int(answer[-1]) in silent:
+            answer = answer[:-1]
+        prompt = ids_N[documents.ends[document] : start]
+        answers[answer.tobytes()] += 1
+        prompts[prompt.tobytes()] += 1
+        short = len(answer) < COPY_TOKENS
+        if short and not tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip():
+            empty.append(document)
+        elif not short and 2 * len(answer) > len(prompt) and answer.tobytes() in prompt.tobytes():
+            copies.append(document)
+    count = len(of)
+    most, one_prompt = _most(answers), _most(prompts)
+    faults = []
+    if len(empty) > MOST_EMPTY * count:
+        faults.append("answers say nothing, which teaches the model to be silent: look for the column that holds them")
+    if len(copies) > MOST_ALIKE * count:
+        faults.append("answers repeat their prompts: look whether one column was given for both")
+    if count >= ENOUGH_ANSWERS and most > MOST_ONE_ANSWER * count and len(empty) <= MOST_EMPTY * count:
+        faults.append("nearly all answers are the same, which needs no question: look at the column that holds them")
+    if count >= ENOUGH_ANSWERS and one_prompt > MOST_ALIKE * count and len(answers) > 1:
+        faults.append(
+            "one prompt stands before most answers, which cannot depend on it: look whether the chat template or the "
+            "columns leave the questions out"
+        )
+    shares = [(len(empty), "empty"), (len(copies), "in their prompt"), (most, "with the commonest answer"),
+              (one_prompt, "with the commonest prompt")]  # fmt: skip
+    return Check(
+        "answers",
+        f"of {count:,}: " + ", ".join(f"{number:,} {what}" for number, what in shares),
+        f"at most {MOST_EMPTY:.0%}, {MOST_ALIKE:.0%}, {MOST_ONE_ANSWER:.0%}, {MOST_ALIKE:.0%}",
+        "warn" if faults else "pass", mend="; ".join(faults),
+        details={"documents": count, "empty": len(empty), "copies": len(copies), "one_answer": most,
+                 "one_prompt": one_prompt, **_shown(documents, np.array(empty + copies, int), tokenizer)},
+    )  # fmt: skip
+
+
+def _most(counts: Counter[bytes]) -> int:
+    return max(counts.values(), default=0)
+
+
+def _turn_starts(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> list[Check]:
+    """What is supervised lies in the turn that the template's generation prompt begins; nothing where none has one.
+
+    A mask that is off by one turn trains the questions, which end like answers.
+    """
+    prompt = _generation_prompt(tokenizer)
+    behind_prompts = _places(documents.ids_N, prompt)
+    starts, _ = documents.turns
+    of = documents.document_of(starts)
+    chats = np.isin(of, documents.document_of(behind_prompts - 1))
+    starts, of = starts[chats & (starts - documents.ends[of] > 1)], of[chats & (starts - documents.ends[of] > 1)]
+    if not len(starts):
+        return []
+    ended = np.cumsum([0, *np.isin(documents.ids_N, list(stops))])
+    before = behind_prompts[np.maximum(np.searchsorted(behind_prompts, starts, side="right") - 1, 0)]
+    inside = (before <= starts) & (before > documents.ends[of]) & (ended[before] == ended[starts])
+    # A mask may take the generation prompt itself too.
+    inside |= np.isin(starts + len(prompt), behind_prompts)
+    share = float(inside.mean())
+    wrong = share < LEAST_INSIDE
+    return [Check(
+        "turn starts",
+        f"{share:.1%} of {len(starts):,} supervised turns are those that {tokenizer.decode(prompt)!r} begins",
+        f"at least {LEAST_INSIDE:.1%}",
+        "warn" if wrong else "pass",
+        mend="other turns than the assistant's are trained: look at what is supervised (assistant_masks, or "
+        "{% generation %} in the chat template)" if wrong else "",
+        details={"share": share, **_shown(documents, np.unique(of[~inside]), tokenizer)},
+    )]  # fmt: skip
+
+
+def _generation_prompt(tokenizer: Any) -> list[int]:
+    """What the chat template writes where the assistant is to speak; nothing where it has none."""
+    question = [{"role": "user", "content": "x"}]
+    try:
+        with_it, without = (
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=add) for add in (True, False)
+        )
+    except Exception:  # no template, or one that wants other messages
+        return []
+    words = with_it.removeprefix(without) if with_it.startswith(without) else ""
+    words = words.split("<think>")[0].strip()  # earlier turns have none
+    return tokenizer.encode(words, add_special_tokens=False) if words else []
+
+
+def _places(ids_N: np.ndarray, part: Sequence[int]) -> np.ndarray:
+    """Where what stands behind each occurrence of `part` begins."""
+    if not part or len(part) > len(ids_N):
+        return np.empty(0, np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(ids_N, len(part))
+    return np.flatnonzero((windows == np.array(part, np.int32)).all(1)) + len(part)
+
+
+def _left_out(counts: Mapping[str, Any]) -> Check | None:
+    """What the chat template does not write of the conversations, as the encoder counted it."""
+    found = {name: counts["encoder"][name] for name in LEFT_OUT if counts.get("encoder", {}).get(name)}
+    if "encoder" not in counts:
+        return None
+    seen = "; ".join(f"{count:,} {COUNTS[name]}" for name, count in found.items())
+    return Check(
+        "chat template", seen or "leaves nothing out", "leaves nothing out", "warn" if found else "pass",
+        mend="the model is not shown all of the data: take a chat_template that writes it, or leave it out of the rows"
+        if found else "",
+        details=found,
+    )  # fmt: skip
 
 
 def _lost(counts: Mapping[str, Any], limits: Limits) -> Check:

@@ -38,7 +38,7 @@ def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
 
 
 def planned_steps(args: Any, rows: int | None, batch_size: int) -> int | None:
-    """Optimizer steps, as Transformers counts them, of `rows` an epoch, of which each rank takes `batch_size` at once."""
+    """Optimizer steps as Transformers counts them; an epoch has `rows`, of which a rank takes `batch_size` at once."""
     if args.max_steps > 0 or rows is None:
         return args.max_steps if args.max_steps > 0 else None
     whole = math.floor if args.dataloader_drop_last else math.ceil
