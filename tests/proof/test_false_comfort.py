@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
+from peft import LoraConfig
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from truetune import run
 from truetune.proof.errors import ProofError
@@ -167,3 +170,76 @@ def test_what_the_chat_template_leaves_out_is_named(tmp_path, monkeypatch):
     assert found[None].verdict == "pass"
     assert found["template.jinja"].verdict == "warn"
     assert found["template.jinja"].seen == "40 rows whose system messages the chat template leaves out"
+
+
+@pytest.fixture
+def whole(gsm8k_rows):
+    return [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in gsm8k_rows[24:28]]
+
+
+@pytest.mark.parametrize("as_dict", [True, False], ids=["dict", "one"])
+@pytest.mark.parametrize("change", [str, str.upper, lambda text: f" {text} \n"], ids=["same", "case", "white space"])
+def test_an_evaluation_set_that_is_trained_is_named(make, whole, change, as_dict):
+    rows = [{name: change(text) for name, text in row.items()} for row in whole]
+    trainer = make(preflight="full", rows=rows, evaluate="dict" if as_dict else True, max_length=1024)
+    assert "evaluation loss measures memory" in said(trainer, "evaluation set")
+    trainer = make(preflight="full", evaluate="dict" if as_dict else True, max_length=1024)
+    assert not said(trainer, "evaluation set")
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean_resizing", [True, False])
+@pytest.mark.parametrize("trained", ["lora", "rows", "whole", "full"])
+def test_new_tokens_whose_rows_are_frozen_are_named(make, tokenizer, gsm8k_rows, tmp_path, trained, mean_resizing):
+    rows = [{"prompt": row["question"] + "\n", "completion": f"<calc>{row['answer']}"} for row in gsm8k_rows[:24]]
+    path = tmp_path / "model"
+    make(preflight="off", lora=False).model.save_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer.add_tokens(["<calc>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=mean_resizing)
+    if mean_resizing:
+        model.config.name_or_path = ""  # rows tell by themselves where they began
+    new = [len(tokenizer) - 1]
+    more = {"rows": {"trainable_token_indices": {"embed_tokens": new, "lm_head": new}},
+            "whole": {"modules_to_save": ["embed_tokens", "lm_head"]}}.get(trained, {})  # fmt: skip
+    adapter = None if trained == "full" else LoraConfig(r=4, target_modules=["q_proj"], **more)
+    words = said(make(model, preflight="quick", lora=False, adapter=adapter, rows=rows), "token rows")
+    assert ("cannot learn those tokens" in words) == (trained == "lora")
+
+
+def test_an_adapter_that_is_trained_and_not_active_is_named(make):
+    model = make(preflight="off").model
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    both = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
+    model.set_adapter("other")
+    trainer = make(model, preflight="quick", lora=False)
+    assert not said(trainer, "adapter targets")
+    for name, parameter in both:
+        parameter.requires_grad = ".default." in name
+    with pytest.raises(ProofError, match="the adapter default is trained and not active"):
+        trainer.train()
+    model.set_adapter("default")
+    assert not said(trainer, "adapter targets")
+    model.base_model.disable_adapter_layers()
+    for _, parameter in both:
+        parameter.requires_grad = True
+    assert "the adapter default and other is trained and not active" in said(trainer, "adapter targets")
+
+
+def test_a_tied_head_that_would_not_be_saved_is_named(make):
+    trainer = make(preflight="quick", lora=False, sizes={"tie_word_embeddings": True})
+    assert not said(trainer, "tied head")
+    trainer.model.config.tie_word_embeddings = False
+    assert "would be random when it is loaded" in said(trainer, "tied head")
+    trainer.model.lm_head.weight = torch.nn.Parameter(trainer.model.lm_head.weight.detach().clone())
+    assert not said(trainer, "tied head")
+
+
+def test_an_adapter_on_an_embedding_that_is_tied_is_named(make):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    assert "merging it changes the other" in said(
+        make(preflight="quick", adapter=adapter, sizes={"tie_word_embeddings": True}), "tied head"
+    )
+    assert not said(make(preflight="quick", adapter=adapter), "tied head")

@@ -10,6 +10,7 @@ import torch
 
 from truetune.models.adapters import base_model, embedding_rows
 from truetune.proof.effect import check_parts, check_targets, check_weights
+from truetune.proof.embeddings import check_tied_head, check_token_rows
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import Document, documents_of, excerpt
 from truetune.proof.leaks import check_leaks
@@ -73,6 +74,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
 
     run("weights", lambda: check_weights(trainer.model))
     run("adapter targets", lambda: check_targets(trainer.model))
+    run("tied head", lambda: check_tied_head(trainer.model))
     run("parts", lambda: check_parts(trainer))
     run("schedule", lambda: check_schedule(trainer, strict=level == "full"))
     run("supervised tokens", lambda: _audit(trainer, level, limits))
@@ -122,7 +124,9 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
     ends = getattr(getattr(base_model(trainer.model), "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     length = trainer.args.max_length
-    return audit(
+    checks = audit(
         documents, tokenizer, limits, stops=sorted(stops), max_length=length, embeddings=embedding_rows(trainer.model),
         counts=counts, evaluation=evaluation, strict=level == "full",
     )  # fmt: skip
+    rows = check_token_rows(trainer.model, tokenizer, documents)
+    return checks if rows is None else [*checks, rows]

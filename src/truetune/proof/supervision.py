@@ -76,6 +76,13 @@ class Documents:
         made.ends = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         return made
 
+    @classmethod
+    def joined(cls, parts: Sequence["Documents"]) -> "Documents":
+        made = cls([], [])
+        made.ids_N, made.labels_N = (np.concatenate([vars(p)[name] for p in parts]) for name in ("ids_N", "labels_N"))
+        made.ends = np.cumsum([0, *(length for part in parts for length in np.diff(part.ends))])
+        return made
+
     def __len__(self) -> int:
         return len(self.ends) - 1
 
@@ -456,16 +463,37 @@ def _overlap(documents: Documents, evaluation: Documents, tokenizer: Any) -> Che
     same = [d for d in range(len(evaluation)) if evaluation.tokens(d).tobytes() in whole]
     others = sorted(set(range(len(evaluation))) - set(same))
     asked = [d for d in others if evaluation.prompt(d) in prompts]
-    found = same + asked
+    others = sorted(set(others) - set(asked))
+    letters = _Letters(tokenizer) if others else None
+    trained = {letters.of(documents.tokens(document)) for document in range(len(documents))} if letters else set()
+    alike = [d for d in others if letters and letters.of(evaluation.tokens(d)) in trained]
+    found = same + asked + alike
     return Check(
         "evaluation set",
         f"{len(same):,} of {len(evaluation):,} documents stand in the training data, "
-        f"{len(asked):,} with another answer",
+        f"{len(asked):,} with another answer, {len(alike):,} but for white space and case",
         "0",
         "warn" if found else "pass",
         mend="the evaluation loss measures memory: hold those rows out" if found else "",
-        details={"same": len(same), "same_prompt": len(asked), **_shown(evaluation, np.array(found, int), tokenizer)},
-    )
+        details={"same": len(same), "same_prompt": len(asked), "alike": len(alike),
+                 **_shown(evaluation, np.array(found, int), tokenizer)},
+    )  # fmt: skip
+
+
+class _Letters:
+    """Documents without white space and case, as hashes: tokens of another spacing spell the same letters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        # Byte-level tokenizers write a space, a line's end and a tab as other letters, SentencePiece a space.
+        self.letters = ["".join((token or "").translate(_SPACES).split()).lower() for token in tokens]
+
+    def of(self, ids: np.ndarray) -> int:
+        last = len(self.letters) - 1
+        return hash("".join([self.letters[token] for token in ids.clip(max=last).tolist()]))
+
+
+_SPACES = str.maketrans(dict.fromkeys("ĠĊĉčĨ▁", " "))
 
 
 def _shown(documents: Documents, which: np.ndarray, tokenizer: Any) -> dict[str, Any]:

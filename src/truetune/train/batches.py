@@ -84,3 +84,12 @@ def documents_of_rows(trainer: Any, dataset: datasets.Dataset, most: int | None)
     ]
     ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
     return Documents(ids, labels)
+
+
+def evaluation_documents(trainer: Any, most: int | None) -> Documents | None:
+    """Those of each evaluation set; None where there is none, or its rows are not known unread."""
+    given = trainer.eval_dataset
+    parts = list(given.values()) if isinstance(given, dict) else [given]
+    if row_lengths(given) is None or not all(isinstance(part, datasets.Dataset) for part in parts):
+        return None
+    return Documents.joined([documents_of_rows(trainer, part, most) for part in parts])

@@ -33,6 +33,7 @@ from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
     documents_of_rows,
+    evaluation_documents,
     has_trl_collator,
     planned_steps,
     row_lengths,
@@ -312,13 +313,7 @@ class SFTTrainer(trl.SFTTrainer):
         if not self._rows_can_be_labelled():
             return None
         most = None if everything else AUDITED_ROWS
-        evaluation = self.eval_dataset if row_lengths(self.eval_dataset) is not None else None
-        known = isinstance(evaluation, datasets.Dataset)
-        return (
-            documents_of_rows(self, self.train_dataset, most),
-            documents_of_rows(self, evaluation, most) if known else None,
-            None,
-        )
+        return documents_of_rows(self, self.train_dataset, most), evaluation_documents(self, most), None
 
     def _rows_can_be_labelled(self) -> bool:
         known = isinstance(self.train_dataset, datasets.Dataset) and row_lengths(self.train_dataset) is not None
