@@ -19,7 +19,7 @@ from truetune.recipe import load_recipe
 
 AUDIT = {
     "supervised tokens", "token ids", "sources", "roles", "labels", "first tokens", "turn ends", "prompts",
-    "truncation", "duplicates", "answers", "turn starts", "chat template",
+    "truncation", "duplicates", "answers", "turn starts", "chat template", "token rows",
 }  # fmt: skip
 PROVEN = AUDIT | {"leak probe", "reference parity", "export"}
 MADE_AGAIN = {

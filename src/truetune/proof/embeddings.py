@@ -19,8 +19,8 @@ NEAR = 0.1  # of the usual distance from the mean row: new rows begin there, or 
 SHOWN_TOKENS = 5
 
 
-def check_token_rows(model: Any, tokenizer: Any, documents: Documents) -> Check | None:
-    """Added and special tokens of the data whose rows are frozen, and new or as rows begin; None where none is frozen.
+def check_token_rows(model: Any, tokenizer: Any, documents: Documents) -> Check:
+    """Added and special tokens of the data whose rows are frozen, and new or as rows begin.
 
     The input embedding is asked for all of them, the head for those that are supervised.
     """
@@ -30,18 +30,15 @@ def check_token_rows(model: Any, tokenizer: Any, documents: Documents) -> Check 
     seen = {"input embedding": set(documents.ids_N.tolist()),
             "head": set(documents.ids_N[documents.supervised_N].tolist())}  # fmt: skip
     known = _rows_of_checkpoint(base.config)
-    judged, bad = 0, {}
+    bad: dict[str, list[int]] = {}
     for name, module in modules.items():
         weight_VH = None if module is None else _frozen(module)
         if weight_VH is None:
             continue
         asked = sorted((special & seen[name]) - _trained_rows(module))
         asked = [token for token in asked if token < len(weight_VH)]
-        judged += len(asked)
         if untrained := [t for t in asked if t >= known] + _as_they_begin(weight_VH, [t for t in asked if t < known]):
             bad[name] = untrained
-    if not judged:
-        return None
     tokens = sorted({token for found in bad.values() for token in found})
     words = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in tokens[:SHOWN_TOKENS])
     return Check(

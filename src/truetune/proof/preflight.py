@@ -128,5 +128,4 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
         documents, tokenizer, limits, stops=sorted(stops), max_length=length, embeddings=embedding_rows(trainer.model),
         counts=counts, evaluation=evaluation, strict=level == "full",
     )  # fmt: skip
-    rows = check_token_rows(trainer.model, tokenizer, documents)
-    return checks if rows is None else [*checks, rows]
+    return [*checks, check_token_rows(trainer.model, tokenizer, documents)]

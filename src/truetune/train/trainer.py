@@ -206,7 +206,7 @@ class SFTTrainer(trl.SFTTrainer):
         return planned_steps(self.args, self._rows_an_epoch(), self._train_batch_size)
 
     def _rows_an_epoch(self) -> int | None:
-        return len(self.train_dataset) if has_length(self.train_dataset) else None  # type: ignore[arg-type]
+        return len(self.train_dataset) if has_length(self.train_dataset) else None
 
     @property
     def unpads(self) -> bool:
