@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from truetune import run
 from truetune.proof.errors import ProofError
@@ -243,3 +243,33 @@ def test_an_adapter_on_an_embedding_that_is_tied_is_named(make):
         make(preflight="quick", adapter=adapter, sizes={"tie_word_embeddings": True}), "tied head"
     )
     assert not said(make(preflight="quick", adapter=adapter), "tied head")
+
+
+# -- what is not known before the first steps --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_terminators_that_a_collator_masks_are_named_after_the_first_steps(make, tokenizer, pairs, sound, level):
+    if not sound:
+        tokenizer.pad_token = tokenizer.eos_token  # and that collator takes each for padding
+    rows = [{"text": row["prompt"] + row["completion"]} for row in pairs]
+    trainer = make(preflight=level, rows=rows, packing=False)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer.data_collator = lambda features: collator([{"input_ids": row["input_ids"]} for row in features])
+    if not sound and level == "full":
+        with pytest.raises(ProofError, match=r"turn ends failed: 0\.0% .* \(of the first steps\)"):
+            trainer.train()
+        return
+    trainer.train()
+    found = [check for check in trainer.proof.checks if check.name == "turn ends"]
+    assert [check.verdict for check in found] == ["pass" if sound else "warn"]
+
+
+def test_a_stream_is_audited_after_the_first_steps(make, pairs):
+    rows = [{**row, "completion": ""} for row in pairs]
+    trainer = make(preflight="quick", rows=rows)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    trainer.train()
+    (check,) = [check for check in trainer.proof.checks if check.name == "answers"]
+    assert check.verdict == "warn" and check.seen.endswith("(of the first steps)")

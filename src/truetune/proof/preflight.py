@@ -4,8 +4,10 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from truetune.models.adapters import base_model, embedding_rows
@@ -19,7 +21,7 @@ from truetune.proof.proven import REUSED, Proven
 from truetune.proof.result import Check, Proof, accepted, failure
 from truetune.proof.schedule import check_schedule
 from truetune.proof.storage import check_disk, check_export
-from truetune.proof.supervision import Limits, audit
+from truetune.proof.supervision import Documents, Limits, audit
 from truetune.proof.untouched import forget_failure, forget_memory, untouched
 
 logger = logging.getLogger(__name__)
@@ -118,14 +120,28 @@ def stop_on(failures: Sequence[Check]) -> None:
 def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
     found = trainer.documents_to_audit(everything=level == "full")
     if found is None:
-        return [Check("supervised tokens", "not run: the data is not known before it is read", "", "skip")]
+        return [Check("supervised tokens", "not run before the first steps, which show what a stream or a collator of "
+                      "your own gives", "", "skip")]  # fmt: skip
     documents, evaluation, counts = found
+    return _audited(trainer, documents, level, limits, evaluation, counts)
+
+
+def audit_batches(trainer: Any, batches: Sequence[Mapping[str, Any]], level: str, limits: Limits) -> list[Check]:
+    """The audit of what was trained, where it was not known before."""
+    found = [document for batch in batches for document in documents_of(batch)]
+    ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
+    checks = _audited(trainer, Documents(ids, labels), level, limits, None, None)
+    return [replace(check, seen=f"{check.seen} (of the first steps)") for check in checks]
+
+
+def _audited(
+    trainer: Any, documents: Documents, level: str, limits: Limits, evaluation: Documents | None, counts: Any
+) -> list[Check]:
     tokenizer = trainer.processing_class
     ends = getattr(getattr(base_model(trainer.model), "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    length = trainer.args.max_length
     checks = audit(
-        documents, tokenizer, limits, stops=sorted(stops), max_length=length, embeddings=embedding_rows(trainer.model),
-        counts=counts, evaluation=evaluation, strict=level == "full",
+        documents, tokenizer, limits, stops=sorted(stops), max_length=trainer.args.max_length,
+        embeddings=embedding_rows(trainer.model), counts=counts, evaluation=evaluation, strict=level == "full",
     )  # fmt: skip
     return [*checks, check_token_rows(trainer.model, tokenizer, documents)]
