@@ -228,6 +228,12 @@ def test_an_adapter_that_is_trained_and_not_active_is_named(make):
     assert "the adapter default and other is trained and not active" in said(trainer, "adapter targets")
 
 
+def test_an_adapter_that_no_gradient_reaches_is_named_before_the_first_step(make):
+    adapter = LoraConfig(r=4, lora_alpha=0, target_modules=["q_proj", "down_proj"])
+    words = said(make(preflight="quick", adapter=adapter), "reference parity")
+    assert words.startswith("no gradient reaches base_model.model.model.layers.0.self_attn.q_proj.lora_A")
+
+
 def test_a_tied_head_that_would_not_be_saved_is_named(make):
     trainer = make(preflight="quick", lora=False, sizes={"tie_word_embeddings": True})
     assert not said(trainer, "tied head")
