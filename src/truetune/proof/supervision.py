@@ -17,6 +17,7 @@ from truetune.data.breakdown import in_words
 from truetune.data.chat import COUNTS
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import IGNORE_INDEX
+from truetune.proof.generation_prompt import generation_prompt, places_behind
 from truetune.proof.result import Check, Verdict
 
 SHOWN = 3  # worst documents of a kind
@@ -360,15 +361,15 @@ def _turn_starts(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> 
 
     A mask that is off by one turn trains the questions, which end like answers.
     """
-    prompt = _generation_prompt(tokenizer)
-    behind_prompts = _places(documents.ids_N, prompt)
+    prompt = generation_prompt(tokenizer)
+    behind_prompts = places_behind(documents.ids_N, prompt)
     starts, _ = documents.turns
     of = documents.document_of(starts)
     chats = np.isin(of, documents.document_of(behind_prompts - 1))
     starts, of = starts[chats & (starts - documents.ends[of] > 1)], of[chats & (starts - documents.ends[of] > 1)]
     if not len(starts):
         return []
-    ended = np.cumsum([0, *np.isin(documents.ids_N, list(stops))])
+    ended = np.concatenate([[0], np.cumsum(np.isin(documents.ids_N, list(stops)))])
     before = behind_prompts[np.maximum(np.searchsorted(behind_prompts, starts, side="right") - 1, 0)]
     inside = (before <= starts) & (before > documents.ends[of]) & (ended[before] == ended[starts])
     # A mask may take the generation prompt itself too.
@@ -384,28 +385,6 @@ def _turn_starts(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> 
         "{% generation %} in the chat template)" if wrong else "",
         details={"share": share, **_shown(documents, np.unique(of[~inside]), tokenizer)},
     )]  # fmt: skip
-
-
-def _generation_prompt(tokenizer: Any) -> list[int]:
-    """What the chat template writes where the assistant is to speak; nothing where it has none."""
-    question = [{"role": "user", "content": "x"}]
-    try:
-        with_it, without = (
-            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=add) for add in (True, False)
-        )
-    except Exception:  # no template, or one that wants other messages
-        return []
-    words = with_it.removeprefix(without) if with_it.startswith(without) else ""
-    words = words.split("<think>")[0].strip()  # earlier turns have none
-    return tokenizer.encode(words, add_special_tokens=False) if words else []
-
-
-def _places(ids_N: np.ndarray, part: Sequence[int]) -> np.ndarray:
-    """Where what stands behind each occurrence of `part` begins."""
-    if not part or len(part) > len(ids_N):
-        return np.empty(0, np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(ids_N, len(part))
-    return np.flatnonzero((windows == np.array(part, np.int32)).all(1)) + len(part)
 
 
 def _left_out(counts: Mapping[str, Any]) -> Check | None:
