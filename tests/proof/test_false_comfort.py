@@ -9,7 +9,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from truetune import run
+from truetune.data import limits
 from truetune.proof.errors import ProofError
+from truetune.proof.generation_prompt import generation_prompt
 from truetune.recipe import load_recipe
 
 
@@ -145,6 +147,21 @@ def test_turns_of_a_chat_are_the_assistants(make, tokenizer, chats, assistant_on
     begun = [{"prompt": [*chat["messages"][:1], {"role": "assistant", "content": "I"}],
               "completion": [{"role": "assistant", "content": " say four"}]} for chat in chats]  # fmt: skip
     assert not said(make(preflight="quick", rows=begun), "turn starts")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ raise_exception('no') }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+    ids=["none", "refuses", "never ends"],
+)
+def test_a_template_that_cannot_be_asked_has_no_generation_prompt(tokenizer, monkeypatch, template):
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    tokenizer.chat_template = template
+    assert generation_prompt(tokenizer) == []
 
 
 def test_what_the_chat_template_leaves_out_is_named(tmp_path, monkeypatch):

@@ -5,19 +5,23 @@ from typing import Any
 
 import numpy as np
 
+from truetune.data.limits import OutOfTime, limited
+
 
 def generation_prompt(tokenizer: Any) -> list[int]:
     """What the chat template writes where the assistant is to speak; nothing where it has none."""
     question = [{"role": "user", "content": "x"}]
     try:
-        with_it, without = (
-            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=add) for add in (True, False)
-        )
-    except Exception:  # no template, or one that wants other messages
+        with limited():
+            with_it, without = (
+                tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=add)
+                for add in (True, False)
+            )
+        words = with_it.removeprefix(without) if with_it.startswith(without) else ""
+        words = words.split("<think>")[0].strip()  # earlier turns have none
+        return tokenizer.encode(words, add_special_tokens=False) if words else []
+    except (Exception, OutOfTime):  # no template, one that wants other messages, or one that never ends
         return []
-    words = with_it.removeprefix(without) if with_it.startswith(without) else ""
-    words = words.split("<think>")[0].strip()  # earlier turns have none
-    return tokenizer.encode(words, add_special_tokens=False) if words else []
 
 
 def places_behind(ids_N: np.ndarray, part: Sequence[int]) -> np.ndarray:
