@@ -54,11 +54,6 @@ def test_a_schedule_that_trains_is_not(make, fields):
     assert not said(make(preflight="quick", **fields), "schedule")
 
 
-def test_a_rate_of_zero_stops_the_command_lines_preflight(make):
-    with pytest.raises(ProofError, match=r"the learning rate is 0, .* accept it with allow: \[schedule\]"):
-        make(preflight="full", learning_rate=0.0).train()
-
-
 def test_a_run_that_had_no_rate_says_that_nothing_was_learned(make):
     trainer = make(preflight="quick", learning_rate=0.0)
     trainer.train()

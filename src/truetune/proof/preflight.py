@@ -78,7 +78,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
     run("adapter targets", lambda: check_targets(trainer.model))
     run("tied head", lambda: check_tied_head(trainer.model))
     run("parts", lambda: check_parts(trainer))
-    run("schedule", lambda: check_schedule(trainer, strict=level == "full"))
+    run("schedule", lambda: check_schedule(trainer))
     run("supervised tokens", lambda: _audit(trainer, level, limits))
     if not trainer.report.stock:
         some: list[Document] = []
