@@ -31,7 +31,7 @@ def check_schedule(trainer: Any) -> Check:
         faults += _faults_of_rates(rates, asked, steps)
     if trainer.optimizer is None and "adam" in str(getattr(args.optim, "value", args.optim)):
         faults += _faults_of_adam(trainer, rates, steps)
-    shown = "of an unknown number of" if steps is None else f"{steps:,}"
+    shown = "an unknown number of" if steps is None else f"{steps:,}"
     rate = f"up to {max(rates):.3g}, {sum(rates) / len(rates):.3g} on average" if rates else "not known before"
     return Check(
         "schedule", f"{shown} steps; learning rate {rate}", "steps that move the weights",
