@@ -16,15 +16,20 @@ SIZES = {
 
 @pytest.fixture
 def make(tokenizer, gsm8k_rows, tmp_path):
-    """make(model_type, lora=True, adapter=None, sizes={}, rows=None, evaluate=False, **fields) -> trainer"""
+    """make(model_type or model, lora=True, adapter=None, sizes={}, rows=None, evaluate=False, **fields) -> trainer"""
 
     def make(model_type="llama", *, lora=True, adapter=None, sizes=None, rows=None, callbacks=None, evaluate=False,
              **fields):  # fmt: skip
         torch.manual_seed(0)
         tokens = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **tokens, **{**SIZES, **(sizes or {})})
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_type
+        if isinstance(model_type, str):
+            sizes = {**SIZES, **(sizes or {})}
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **tokens, **sizes)
+            )
         eval_rows = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in gsm8k_rows[24:28]]
+        held_out = Dataset.from_list(eval_rows)
         if rows is None:
             rows = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in gsm8k_rows[:24]]
         settings = {
@@ -36,7 +41,7 @@ def make(tokenizer, gsm8k_rows, tmp_path):
             adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
         return SFTTrainer(
             model=model, args=SFTConfig(**{**settings, **fields}), train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(eval_rows) if evaluate else None,
+            eval_dataset={"a": held_out} if evaluate == "dict" else held_out if evaluate else None,
             processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
         )  # fmt: skip
 

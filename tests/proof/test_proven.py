@@ -19,10 +19,20 @@ from truetune.recipe import load_recipe
 
 AUDIT = {
     "supervised tokens", "token ids", "sources", "roles", "labels", "first tokens", "turn ends", "prompts",
-    "truncation", "duplicates",
+    "truncation", "duplicates", "answers", "turn starts", "chat template", "token rows",
 }  # fmt: skip
 PROVEN = AUDIT | {"leak probe", "reference parity", "export"}
-MADE_AGAIN = {"weights", "adapter targets", "attention", "layers", "loss", "batches", "disk", "trained tensors"}
+MADE_AGAIN = {
+    "weights",
+    "adapter targets",
+    "schedule",
+    "attention",
+    "layers",
+    "loss",
+    "batches",
+    "disk",
+    "trained tensors",
+}
 
 
 @pytest.fixture

@@ -57,17 +57,35 @@ def check_targets(model: nn.Module) -> Check | None:
     mend = ""
     if missed:
         mend = f"no module is called {' or '.join(missed)}: name modules of this model, or target_modules: all-linear"
+    idle = _trained_in_vain(model)
+    if idle and not missed:
+        mend = f"the adapter {' and '.join(idle)} is trained and not active, so that nothing reaches it: set_adapter()"
     return Check(
         "adapter targets",
         f"{shown or 'the defaults'}: {len(names)} modules in {with_adapter} of {len(layers)} layers, "
         f"{covered / max(1, everything):.1%} of the parameters"
         + (f"; not found: {', '.join(missed)}" if missed else ""),
-        "every name found",
-        "fail" if missed else "warn" if partly else "pass",
+        "every name found, and what is trained active",
+        "fail" if missed or idle else "warn" if partly else "pass",
         mend=mend or (f"{len(layers) - with_adapter} layers have no adapter" if partly else ""),
-        allow="adapter_targets" if missed else "",
-        details={"modules": dict(Counter(name.rpartition(".")[2] for name in names)), "missed": missed},
+        allow="adapter_targets" if missed or idle else "",
+        details={"modules": dict(Counter(name.rpartition(".")[2] for name in names)), "missed": missed, "idle": idle},
     )
+
+
+def _trained_in_vain(model: PeftModel) -> list[str]:
+    """Adapters with trained parameters in a layer that does not use them."""
+    return sorted({
+        name
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in model.peft_config
+        if module.disable_adapters or name not in module.active_adapters
+        for part in module.adapter_layer_names
+        if name in (held := getattr(module, part, {}))
+        and any(p.requires_grad for p in ([held[name]] if isinstance(held[name], nn.Parameter) else
+                                          held[name].parameters()))
+    })  # fmt: skip
 
 
 def _meets(name: str, target: str) -> bool:

@@ -23,6 +23,7 @@ from truetune.models.attention import ATTENTION_NAME, set_text_attention, use_va
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.plan import fused_layers, set_activations
 from truetune.proof.excerpt import IGNORE_INDEX, Document, num_supervised, packed
+from truetune.proof.receipt import BEHIND_ZEROS
 from truetune.proof.result import Check
 
 TIMES_ROUNDING = 4  # the most that we may be further from the exact gradients than the plain path
@@ -74,13 +75,17 @@ def judge(
         f"loss {ours.loss:.6g}, off by {loss_error:.1e} (plain {plain_loss:.1e}); {len(errors)} gradients, the worst "
         f"{ratios[worst]:.2f} times the plain path's error, cosine {cosine:.6f}"
     )
+    dead = [key for key, exact_gradient in exact.of.items() if _is_dead(key, exact_gradient)]
     part = f"the gradient of {worst}" if ratios[worst] > TIMES_ROUNDING else "the loss"
     return Check(
-        name, seen, limit, "pass" if passed else "fail",
-        mend="" if passed else f"{part} is not that of plain Transformers: set fuse: false and report the model",
+        name, seen + (f"; {len(dead)} are zero" if dead else ""), limit,
+        "fail" if not passed else "warn" if dead else "pass",
+        mend=f"{part} is not that of plain Transformers: set fuse: false and report the model" if not passed
+        else f"no gradient reaches {dead[0]} and {len(dead) - 1} more: freeze what is not to be trained, or look "
+        "why the loss does not reach it (lora_alpha: 0?)" if dead else "",
         details={
             "documents": documents, "worst": worst, "rounding_floor": floor, "loss": ours.loss,
-            "plain_loss": plain.loss, "exact_loss": exact.loss,
+            "plain_loss": plain.loss, "exact_loss": exact.loss, "zero": dead[:50],
             "errors": {key: {"ours": a, "plain": b} for key, (a, b) in errors.items()},
         },
     )  # fmt: skip
@@ -93,6 +98,13 @@ def _error(value: Tensor | None, exact: Tensor | None) -> float:
     norm = exact.norm().item()
     difference = (value.to(exact.dtype) - exact).norm().item()
     return difference / norm if norm else float(difference > 0)
+
+
+def _is_dead(name: str, exact: Tensor | None) -> bool:
+    """Nothing of the text reaches it. Tokens and experts of other documents are none, nor what begins behind zeros."""
+    behind = [part for part in BEHIND_ZEROS if not part.startswith("lora_")]  # whose B is not zero meanwhile
+    waits = any(part in name for part in (*behind, "trainable_tokens_delta", "expert"))
+    return not waits and (exact is None or not exact.any())
 
 
 def _cosine(value: Tensor | None, exact: Tensor | None) -> float:

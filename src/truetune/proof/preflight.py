@@ -4,20 +4,24 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from truetune.models.adapters import base_model, embedding_rows
 from truetune.proof.effect import check_parts, check_targets, check_weights
+from truetune.proof.embeddings import check_tied_head, check_token_rows
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import Document, documents_of, excerpt
 from truetune.proof.leaks import check_leaks
 from truetune.proof.parity import check_parity
 from truetune.proof.proven import REUSED, Proven
 from truetune.proof.result import Check, Proof, accepted, failure
+from truetune.proof.schedule import check_schedule
 from truetune.proof.storage import check_disk, check_export
-from truetune.proof.supervision import Limits, audit
+from truetune.proof.supervision import Documents, Limits, audit
 from truetune.proof.untouched import forget_failure, forget_memory, untouched
 
 logger = logging.getLogger(__name__)
@@ -35,9 +39,9 @@ def check_level(level: str) -> None:
 def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven: Proven | None = None) -> Proof:
     """What can be seen of `trainer` right before its first step; a failed check raises nothing here (see `stop_on`).
 
-    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `fused_outputs`, `unpads`,
-    `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were. `proven`:
-    where checks that need not be made again are found and kept.
+    The trainer brings `report`, `first_batch()`, `documents_to_audit(everything)`, `planned_steps()`, `fused_outputs`,
+    `unpads`, `activations` and `trials`. Weights, gradients, buffers and random states are afterwards what they were.
+    `proven`: where checks that need not be made again are found and kept.
     """
     begun = time.perf_counter()
     proof = Proof()
@@ -72,7 +76,9 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
 
     run("weights", lambda: check_weights(trainer.model))
     run("adapter targets", lambda: check_targets(trainer.model))
+    run("tied head", lambda: check_tied_head(trainer.model))
     run("parts", lambda: check_parts(trainer))
+    run("schedule", lambda: check_schedule(trainer))
     run("supervised tokens", lambda: _audit(trainer, level, limits))
     if not trainer.report.stock:
         some: list[Document] = []
@@ -114,13 +120,28 @@ def stop_on(failures: Sequence[Check]) -> None:
 def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
     found = trainer.documents_to_audit(everything=level == "full")
     if found is None:
-        return [Check("supervised tokens", "not run: the data is not known before it is read", "", "skip")]
+        return [Check("supervised tokens", "not run before the first steps, which show what a stream or a collator of "
+                      "your own gives", "", "skip")]  # fmt: skip
     documents, evaluation, counts = found
+    return _audited(trainer, documents, level, limits, evaluation, counts)
+
+
+def audit_batches(trainer: Any, batches: Sequence[Mapping[str, Any]], level: str, limits: Limits) -> list[Check]:
+    """The audit of what was trained, where it was not known before."""
+    found = [document for batch in batches for document in documents_of(batch)]
+    ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
+    checks = _audited(trainer, Documents(ids, labels), level, limits, None, None)
+    return [replace(check, seen=f"{check.seen} (of the first steps)") for check in checks]
+
+
+def _audited(
+    trainer: Any, documents: Documents, level: str, limits: Limits, evaluation: Documents | None, counts: Any
+) -> list[Check]:
     tokenizer = trainer.processing_class
     ends = getattr(getattr(base_model(trainer.model), "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    length = trainer.args.max_length
-    return audit(
-        documents, tokenizer, limits, stops=sorted(stops), max_length=length, embeddings=embedding_rows(trainer.model),
-        counts=counts, evaluation=evaluation, strict=level == "full",
+    checks = audit(
+        documents, tokenizer, limits, stops=sorted(stops), max_length=trainer.args.max_length,
+        embeddings=embedding_rows(trainer.model), counts=counts, evaluation=evaluation, strict=level == "full",
     )  # fmt: skip
+    return [*checks, check_token_rows(trainer.model, tokenizer, documents)]

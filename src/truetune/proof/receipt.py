@@ -119,8 +119,16 @@ class LearningReceipt(TrainerCallback):
 
     @_breaks_alone
     def on_train_end(self, args, state, control, **kwargs):
-        if not self.finished and self.steps:
+        if self.finished:
+            return
+        if self.steps:
             self._finish()
+            return
+        self.finished = True
+        self.done([
+            Check("trained tensors", "no step had a learning rate above zero", "all have a finite gradient and move",
+                  "warn", mend="nothing was learned: raise the learning rate, or train longer than its warm-up")
+        ])  # fmt: skip
 
     def _finish(self) -> None:
         self.finished = True

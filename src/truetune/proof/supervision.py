@@ -14,12 +14,19 @@ import datasets
 import numpy as np
 
 from truetune.data.breakdown import in_words
+from truetune.data.chat import COUNTS
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import IGNORE_INDEX
+from truetune.proof.generation_prompt import generation_prompt, places_behind
 from truetune.proof.result import Check, Verdict
 
 SHOWN = 3  # worst documents of a kind
 SHOWN_SHARES = 8  # sources or roles
+MOST_EMPTY, MOST_ALIKE, MOST_ONE_ANSWER = 0.1, 0.5, 0.9  # of the answers
+ENOUGH_ANSWERS = 16
+COPY_TOKENS = 8  # a shorter answer may well stand in its prompt
+LEAST_INSIDE = 0.5  # of supervised turns that are the assistant's
+LEFT_OUT = tuple(name for name in COUNTS if name.endswith("_ignored"))
 NOT_ANSWERS = ("system", "developer", "user", "tool", "prompt")
 
 
@@ -68,6 +75,13 @@ class Documents:
         )
         lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in table["input_ids"].chunks]
         made.ends = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        return made
+
+    @classmethod
+    def joined(cls, parts: Sequence["Documents"]) -> "Documents":
+        made = cls([], [])
+        made.ids_N, made.labels_N = (np.concatenate([vars(p)[name] for p in parts]) for name in ("ids_N", "labels_N"))
+        made.ends = np.cumsum([0, *(length for part in parts for length in np.diff(part.ends))])
         return made
 
     def __len__(self) -> int:
@@ -124,8 +138,12 @@ def audit(
         _first_tokens(documents, tokenizer),
         _turn_ends(documents, tokenizer, limits, stops, max_length),
         _prompts(documents, tokenizer, limits),
+        _answers(documents, tokenizer, stops),
+        *_turn_starts(documents, tokenizer, stops),
     ]
     if counts is not None:
+        if left_out := _left_out(counts):
+            checks.append(left_out)
         if "sources" in counts:
             checks.append(_sources(counts["sources"]))
         if "roles" in counts:
@@ -284,6 +302,105 @@ def _prompts(documents: Documents, tokenizer: Any, limits: Limits) -> Check:
     )
 
 
+def _answers(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> Check:
+    """What is said behind prompts: the same as they say, as all others, or nothing; or all prompts are one.
+
+    An answer is the first supervised turn of a document; a document that is supervised as a whole has none.
+    """
+    starts, last = documents.turns
+    of, first = np.unique(documents.document_of(starts), return_index=True)
+    asked = starts[first] - documents.ends[of] > 1  # plain text has its first token before it, and so has a part
+    of, starts, ends = of[asked], starts[first][asked], last[first][asked] + 1
+    silent = {*stops, *tokenizer.all_special_ids}
+    ids_N, answers, prompts = documents.ids_N, Counter[bytes](), Counter[bytes]()
+    empty, copies = [], []
+    for document, start, end in zip(of.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        answer = ids_N[start:end]
+        while len(answer) and int(answer[-1]) in silent:
+            answer = answer[:-1]
+        prompt = ids_N[documents.ends[document] : start]
+        answers[answer.tobytes()] += 1
+        prompts[prompt.tobytes()] += 1
+        short = len(answer) < COPY_TOKENS
+        if short and not tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip():
+            empty.append(document)
+        elif not short and 2 * len(answer) > len(prompt) and answer.tobytes() in prompt.tobytes():
+            copies.append(document)
+    count = len(of)
+    most, one_prompt = _most(answers), _most(prompts)
+    faults = []
+    if len(empty) > MOST_EMPTY * count:
+        faults.append("answers say nothing, which teaches the model to be silent: look for the column that holds them")
+    if len(copies) > MOST_ALIKE * count:
+        faults.append("answers repeat their prompts: look whether one column was given for both")
+    if count >= ENOUGH_ANSWERS and most > MOST_ONE_ANSWER * count and len(empty) <= MOST_EMPTY * count:
+        faults.append("nearly all answers are the same, which needs no question: look at the column that holds them")
+    if count >= ENOUGH_ANSWERS and one_prompt > MOST_ALIKE * count and len(answers) > 1:
+        faults.append(
+            "one prompt stands before most answers, which cannot depend on it: look whether the chat template or the "
+            "columns leave the questions out"
+        )
+    shares = [(len(empty), "empty"), (len(copies), "in their prompt"), (most, "with the commonest answer"),
+              (one_prompt, "with the commonest prompt")]  # fmt: skip
+    return Check(
+        "answers",
+        f"of {count:,}: " + ", ".join(f"{number:,} {what}" for number, what in shares),
+        f"at most {MOST_EMPTY:.0%}, {MOST_ALIKE:.0%}, {MOST_ONE_ANSWER:.0%}, {MOST_ALIKE:.0%}",
+        "warn" if faults else "pass", mend="; ".join(faults),
+        details={"documents": count, "empty": len(empty), "copies": len(copies), "one_answer": most,
+                 "one_prompt": one_prompt, **_shown(documents, np.array(empty + copies, int), tokenizer)},
+    )  # fmt: skip
+
+
+def _most(counts: Counter[bytes]) -> int:
+    return max(counts.values(), default=0)
+
+
+def _turn_starts(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> list[Check]:
+    """What is supervised lies in the turn that the template's generation prompt begins; nothing where none has one.
+
+    A mask that is off by one turn trains the questions, which end like answers.
+    """
+    prompt = generation_prompt(tokenizer)
+    behind_prompts = places_behind(documents.ids_N, prompt)
+    starts, _ = documents.turns
+    of = documents.document_of(starts)
+    chats = np.isin(of, documents.document_of(behind_prompts - 1))
+    starts, of = starts[chats & (starts - documents.ends[of] > 1)], of[chats & (starts - documents.ends[of] > 1)]
+    if not len(starts):
+        return []
+    ended = np.concatenate([[0], np.cumsum(np.isin(documents.ids_N, list(stops)))])
+    before = behind_prompts[np.maximum(np.searchsorted(behind_prompts, starts, side="right") - 1, 0)]
+    inside = (before <= starts) & (before > documents.ends[of]) & (ended[before] == ended[starts])
+    # A mask may take the generation prompt itself too.
+    inside |= np.isin(starts + len(prompt), behind_prompts)
+    share = float(inside.mean())
+    wrong = share < LEAST_INSIDE
+    return [Check(
+        "turn starts",
+        f"{share:.1%} of {len(starts):,} supervised turns are those that {tokenizer.decode(prompt)!r} begins",
+        f"at least {LEAST_INSIDE:.1%}",
+        "warn" if wrong else "pass",
+        mend="other turns than the assistant's are trained: look at what is supervised (assistant_masks, or "
+        "{% generation %} in the chat template)" if wrong else "",
+        details={"share": share, **_shown(documents, np.unique(of[~inside]), tokenizer)},
+    )]  # fmt: skip
+
+
+def _left_out(counts: Mapping[str, Any]) -> Check | None:
+    """What the chat template does not write of the conversations, as the encoder counted it."""
+    found = {name: counts["encoder"][name] for name in LEFT_OUT if counts.get("encoder", {}).get(name)}
+    if "encoder" not in counts:
+        return None
+    seen = "; ".join(f"{count:,} {COUNTS[name]}" for name, count in found.items())
+    return Check(
+        "chat template", seen or "leaves nothing out", "leaves nothing out", "warn" if found else "pass",
+        mend="the model is not shown all of the data: take a chat_template that writes it, or leave it out of the rows"
+        if found else "",
+        details=found,
+    )  # fmt: skip
+
+
 def _lost(counts: Mapping[str, Any], limits: Limits) -> Check:
     lost = counts.get("lost_supervised", 0) + counts.get("cut_off_supervised", 0)
     kept = counts.get("supervised", 0)
@@ -325,16 +442,37 @@ def _overlap(documents: Documents, evaluation: Documents, tokenizer: Any) -> Che
     same = [d for d in range(len(evaluation)) if evaluation.tokens(d).tobytes() in whole]
     others = sorted(set(range(len(evaluation))) - set(same))
     asked = [d for d in others if evaluation.prompt(d) in prompts]
-    found = same + asked
+    others = sorted(set(others) - set(asked))
+    letters = _Letters(tokenizer) if others else None
+    trained = {letters.of(documents.tokens(document)) for document in range(len(documents))} if letters else set()
+    alike = [d for d in others if letters and letters.of(evaluation.tokens(d)) in trained]
+    found = same + asked + alike
     return Check(
         "evaluation set",
         f"{len(same):,} of {len(evaluation):,} documents stand in the training data, "
-        f"{len(asked):,} with another answer",
+        f"{len(asked):,} with another answer, {len(alike):,} but for white space and case",
         "0",
         "warn" if found else "pass",
         mend="the evaluation loss measures memory: hold those rows out" if found else "",
-        details={"same": len(same), "same_prompt": len(asked), **_shown(evaluation, np.array(found, int), tokenizer)},
-    )
+        details={"same": len(same), "same_prompt": len(asked), "alike": len(alike),
+                 **_shown(evaluation, np.array(found, int), tokenizer)},
+    )  # fmt: skip
+
+
+class _Letters:
+    """Documents without white space and case, as hashes: tokens of another spacing spell the same letters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        # Byte-level tokenizers write a space, a line's end and a tab as other letters, SentencePiece a space.
+        self.letters = ["".join((token or "").translate(_SPACES).split()).lower() for token in tokens]
+
+    def of(self, ids: np.ndarray) -> int:
+        last = len(self.letters) - 1
+        return hash("".join([self.letters[token] for token in ids.clip(max=last).tolist()]))
+
+
+_SPACES = str.maketrans(dict.fromkeys("ĠĊĉčĨ▁", " "))
 
 
 def _shown(documents: Documents, which: np.ndarray, tokenizer: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The largest batch that a trainer can meet, without a look at its data loader, whose order it must not change."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,15 @@ def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
     """The places of the `count` largest, the first of equals."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return order[:count].tolist()
+
+
+def planned_steps(args: Any, rows: int | None, batch_size: int) -> int | None:
+    """Optimizer steps as Transformers counts them; an epoch has `rows`, of which a rank takes `batch_size` at once."""
+    if args.max_steps > 0 or rows is None:
+        return args.max_steps if args.max_steps > 0 else None
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    micro_batches = whole(rows / (batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(micro_batches / args.gradient_accumulation_steps)))
 
 
 def full_batch(batch_size: int, length: int) -> dict[str, Any]:
@@ -74,3 +84,12 @@ def documents_of_rows(trainer: Any, dataset: datasets.Dataset, most: int | None)
     ]
     ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
     return Documents(ids, labels)
+
+
+def evaluation_documents(trainer: Any, most: int | None) -> Documents | None:
+    """Those of each evaluation set; None where there is none, or its rows are not known unread."""
+    given = trainer.eval_dataset
+    parts = list(given.values()) if isinstance(given, dict) else [given]
+    if row_lengths(given) is None or not all(isinstance(part, datasets.Dataset) for part in parts):
+        return None
+    return Documents.joined([documents_of_rows(trainer, part, most) for part in parts])

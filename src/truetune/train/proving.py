@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from truetune.proof.preflight import check_level, preflight, stop_on
+from truetune.proof.preflight import audit_batches, check_level, preflight, stop_on
 from truetune.proof.proven import Proven
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.result import Check, Proof, accepted
 from truetune.proof.supervision import Limits
-from truetune.proof.watch import Watch
+from truetune.proof.watch import KEPT_NAMES, Watch
 from truetune.train.config import own_setting
 from truetune.train.optim import embedding_parameters
 
 logger = logging.getLogger(__name__)
 PROOF_FILE = "proof.json"
+AUDITED_BATCHES = 64
 
 
 class Proving(TrainerCallback):
@@ -34,6 +36,7 @@ class Proving(TrainerCallback):
         self.proof = Proof()
         self.proven: Proven | None = None
         self.watch = Watch()
+        self.unaudited: list[Mapping[str, Any]] | None = None  # the first micro-batches, where data is not known before
 
     def preflight(self) -> Proof:
         """The checks before a training. Nothing that it depends on changes, and a failure raises nothing here."""
@@ -46,6 +49,8 @@ class Proving(TrainerCallback):
         if self.level == "off":
             return
         stop_on(self.preflight().failures)
+        audited = [check.verdict != "skip" for check in self.proof.checks if check.name == "supervised tokens"]
+        self.unaudited = None if all(audited) else []
         for callback in (Proving, LearningReceipt, Watch):
             self.trainer.remove_callback(callback)  # an earlier training's
         self.watch = Watch()
@@ -73,6 +78,8 @@ class Proving(TrainerCallback):
         """A micro-batch of the training."""
         if self.level != "off":
             self.watch.see(inputs)
+            if self.unaudited is not None and len(self.unaudited) < AUDITED_BATCHES:
+                self.unaudited.append({name: inputs[name] for name in KEPT_NAMES if torch.is_tensor(inputs.get(name))})
 
     def save(self) -> None:
         args = self.trainer.args
@@ -90,6 +97,13 @@ class Proving(TrainerCallback):
     def _on_receipt(self, checks: list[Check]) -> None:
         self._print(Proof(checks), title="Learning receipt")
         self._add(checks)
+        if self.unaudited:
+            found = [
+                accepted(c, self.allow) for c in audit_batches(self.trainer, self.unaudited, self.level, self.limits)
+            ]
+            self.unaudited = None
+            self._print(Proof(found), title="Audit of the first steps")
+            self._add(found)
 
     def _add(self, checks: list[Check]) -> None:
         checks = [accepted(check, self.allow) for check in checks]

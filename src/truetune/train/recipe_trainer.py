@@ -97,6 +97,11 @@ class RecipeTrainer(SFTTrainer):
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
 
+    def _rows_an_epoch(self) -> int | None:
+        dataset = self.train_dataset
+        packs: Any = None if isinstance(dataset, datasets.IterableDataset) else self._sampler(dataset, self._seed)
+        return None if packs is None else len(packs)
+
     def first_batch(self) -> dict[str, Any] | None:
         dataset = self.train_dataset
         if isinstance(dataset, datasets.IterableDataset):

@@ -33,7 +33,9 @@ from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
     documents_of_rows,
+    evaluation_documents,
     has_trl_collator,
+    planned_steps,
     row_lengths,
 )
 from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, load_other_names, refuse_cut_short
@@ -199,6 +201,13 @@ class SFTTrainer(trl.SFTTrainer):
         dataset = self.eval_dataset if evaluation else self.train_dataset
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
 
+    def planned_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where the data has no length."""
+        return planned_steps(self.args, self._rows_an_epoch(), self._train_batch_size)
+
+    def _rows_an_epoch(self) -> int | None:
+        return len(self.train_dataset) if has_length(self.train_dataset) else None
+
     @property
     def unpads(self) -> bool:
         """Whether batches reach the model packed."""
@@ -304,13 +313,7 @@ class SFTTrainer(trl.SFTTrainer):
         if not self._rows_can_be_labelled():
             return None
         most = None if everything else AUDITED_ROWS
-        evaluation = self.eval_dataset if row_lengths(self.eval_dataset) is not None else None
-        known = isinstance(evaluation, datasets.Dataset)
-        return (
-            documents_of_rows(self, self.train_dataset, most),
-            documents_of_rows(self, evaluation, most) if known else None,
-            None,
-        )
+        return documents_of_rows(self, self.train_dataset, most), evaluation_documents(self, most), None
 
     def _rows_can_be_labelled(self) -> bool:
         known = isinstance(self.train_dataset, datasets.Dataset) and row_lengths(self.train_dataset) is not None
