@@ -402,18 +402,17 @@ class StepMemory:
         saved, in_forward = 0, 0
         for i, layer in enumerate(layers):
             saved += layer.device
-            # The host's copies of a layer are awaited when the layer after the next begins.
+            # The host's copies of a layer are awaited when the layer after it is done.
             leaving = layer.host + (layers[i - 1].host if i else 0)
             in_forward = max(in_forward, saved + leaving + layer.forward)
-        leaving = sum(layer.host for layer in layers[-2:])
-        at_head = saved + leaving + max(head.values())
+        at_head = saved + sum(layer.host for layer in layers[-1:]) + max(head.values())
         gradients = head["gradients kept"] if new else 0
         in_backward = 0
         for i in reversed(range(len(layers))):
             layer = layers[i]
             if new:
                 gradients += layer.gradients
-            around = sum(near.host for near in layers[max(0, i - 1) : i + 2])  # the one before is fetched already
+            around = sum(near.host for near in layers[max(0, i - 1) : i + 1])  # the one before is fetched already
             fresh = layer.gradients * self.accumulates
             mlp = saved + layer.mlp_backward
             attention = saved - layer.mlp + layer.attention_backward

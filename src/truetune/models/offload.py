@@ -65,9 +65,9 @@ class HostMemory:
             self._drop(index)
         self._layers[index] = _Layer(stays=stays)
         self._order.append(index)
-        self._release_copied(before=index)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._pack(index, tensor), self._unpack):
             yield
+        self._release_copied(before=index)
 
     def _pack(self, index: int, tensor: Tensor):
         num_bytes = tensor.numel() * tensor.element_size()
@@ -93,11 +93,12 @@ class HostMemory:
         return _Saved(data, host, buffer, copied)
 
     def _release_copied(self, before: int) -> None:
-        """Lets go of the device memory of layers two or more before: the compute stream waits for their copies.
+        """Lets go of the device memory of the layers before this one: the compute stream waits for their copies.
 
-        The wait is on the device, and short: a layer's copies hide behind the next layer's forward pass.
+        The wait is on the device, and short: a layer's copies hide behind the next layer's forward pass, which is over.
+        The last layer's stay for the backward pass, which begins with them.
         """
-        for index in self._order[: self._order.index(before) - 1] if before in self._order else []:
+        for index in self._order[: self._order.index(before)] if before in self._order else []:
             for saved in self._layers[index].saved.values():
                 if saved.device_data is not None and saved.returned is None:
                     torch.cuda.current_stream(self.device).wait_event(saved.copied)
