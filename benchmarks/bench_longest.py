@@ -1,10 +1,12 @@
 """The longest single document that one training step takes, beside Unsloth: 8B, QLoRA r16, least memory.
 
-    python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S]
+    python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S] [--gib 24]
 
 A system's peak memory at 16,384 and 32,768 tokens gives a line, and the line the length at which the device would be
 full. That length is tried, then shorter ones in steps of an eighth, until a step goes through: what ran is the result,
-and the line stands beside it. Every length runs in a process of its own, on the inputs of `compare.py`.
+and the line stands beside it. A step's time grows with the square of its document: where a whole device would take an
+hour a step, `--gib` gives either system a part of it (`set_per_process_memory_fraction`). Every length runs in a
+process of its own, on the inputs of `compare.py`.
 """
 
 import argparse
@@ -23,7 +25,7 @@ MEASURED = (16384, 32768)
 SPARE = 0.97  # of the device's memory: what the CUDA context and other libraries take
 
 
-def one_step(system: str, directory: Path, length: int) -> dict:
+def one_step(system: str, directory: Path, length: int, gib: float | None) -> dict:
     """Two steps on documents of `length` tokens in this process: peak GiB and seconds of the second."""
     if system == "unsloth":
         import unsloth  # noqa: F401  # before everything that it patches
@@ -36,11 +38,16 @@ def one_step(system: str, directory: Path, length: int) -> dict:
     else:
         from trl import SFTConfig, SFTTrainer
     recipe = RECIPES[RECIPE]
+    _, total = torch.cuda.mem_get_info()
+    if gib:
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
+        total = gib * 2**30
     model, tokenizer, peft_config, options = load(system, recipe, str(directory / recipe.model), length)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(10, model.config.vocab_size, (length,), generator=generator).tolist() for _ in range(2)]
     args = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=1, learning_rate=1e-5, bf16=True,
+        output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+        learning_rate=1e-5, bf16=True,
         logging_steps=1, save_strategy="no", report_to=[], max_length=length, optim="adamw_torch_fused", seed=0,
         disable_tqdm=True, **options,
     )  # fmt: skip
@@ -60,7 +67,6 @@ def one_step(system: str, directory: Path, length: int) -> dict:
         callbacks=[Clock()],
     )
     trainer.train()
-    _, total = torch.cuda.mem_get_info()
     return {
         "length": length,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
@@ -70,15 +76,17 @@ def one_step(system: str, directory: Path, length: int) -> dict:
     }
 
 
-def run_apart(system: str, directory: Path, length: int, peer_path: str, limit: float | None) -> dict | None:
+def run_apart(system: str, length: int, options: argparse.Namespace) -> dict | None:
     variables = dict(os.environ)
-    if system != "truetune" and peer_path:
-        variables["PYTHONPATH"] = f"{peer_path}:{variables.get('PYTHONPATH', '')}"
-    command = [sys.executable, __file__, "--one", system, str(length), "--inputs", str(directory)]
+    if system != "truetune" and options.peer_path:
+        variables["PYTHONPATH"] = f"{options.peer_path}:{variables.get('PYTHONPATH', '')}"
+    command = [sys.executable, __file__, "--one", system, str(length), "--inputs", str(options.inputs)]
+    if options.gib:
+        command += ["--gib", str(options.gib)]
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=options.limit)
     except subprocess.TimeoutExpired:
-        print(f"{system} {length:,} tokens: more than {limit} s", flush=True)
+        print(f"{system} {length:,} tokens: more than {options.limit} s", flush=True)
         return None
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
@@ -89,8 +97,8 @@ def run_apart(system: str, directory: Path, length: int, peer_path: str, limit: 
     return result
 
 
-def longest(system: str, directory: Path, peer_path: str, limit: float | None) -> dict:
-    runs = [run_apart(system, directory, length, peer_path, limit) for length in MEASURED]
+def longest(system: str, options: argparse.Namespace) -> dict:
+    runs = [run_apart(system, length, options) for length in MEASURED]
     if None in runs:
         return {"system": system, "runs": [run for run in runs if run], "longest": None}
     short, long = (run for run in runs if run)
@@ -99,7 +107,7 @@ def longest(system: str, directory: Path, peer_path: str, limit: float | None) -
     length = int(full) // 1024 * 1024
     found = None
     while found is None and length > long["length"]:
-        found = run_apart(system, directory, length, peer_path, limit)
+        found = run_apart(system, length, options)
         runs.append(found)
         length = length * 7 // 8 // 1024 * 1024
     longest_run = found or long
@@ -119,11 +127,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peer-path", default="")
     parser.add_argument("--limit", type=float, help="seconds that one length may take")
+    parser.add_argument("--gib", type=float, help="of the device's memory, that either system may use")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         system, length = options.one
-        print("RESULT " + json.dumps(one_step(system, options.inputs, int(length))), flush=True)
+        print("RESULT " + json.dumps(one_step(system, options.inputs, int(length), options.gib)), flush=True)
         return
     import torch
 
@@ -133,7 +142,7 @@ def main() -> None:
     subprocess.run([*maker, "--inputs", str(options.inputs)], check=True)
     results = []
     for system in options.systems.split(","):
-        results.append(longest(system, options.inputs, options.peer_path, options.limit))
+        results.append(longest(system, options))
         if options.out:
             options.out.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
     for result in results:

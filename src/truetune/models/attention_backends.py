@@ -6,12 +6,14 @@ T: tokens of a pack, N: documents, H: query heads, G: key/value heads, D: head s
 import functools
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from truetune.cache import cache_directory
 from truetune.models.errors import ModelError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -329,6 +331,9 @@ class Backend:
 
 @functools.cache
 def _why_not_importable(module: str, function: str) -> str | None:
+    if module == "flash_attn.cute":  # keeps what it compiles, seven seconds for an 8B model's shapes, if asked to
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention-4"))
     try:
         found = hasattr(importlib.import_module(module), function)
     except ModuleNotFoundError:
