@@ -6,9 +6,8 @@
     x                 = mlp(x)              norm, gate and up, activation, down, post-norm, residual
 
 Saved for the backward pass are the residual stream, q/k/v before their norm, the attention's output, gate and up
-without their adapters' part, and the adapters' small products; norms, that part and the activation product are made
-again. Parameters are read from PEFT's and
-Transformers' modules at every call, and none are owned here.
+(without the part of adapters of a small rank), and the adapters' small products; norms, that part and the activation
+product are made again. Parameters are read from PEFT's and Transformers' modules at every call, and none are owned.
 
 T: tokens, H: hidden size, N: features of a projection, I: intermediate size, K: rows that the loss needs.
 """
@@ -38,6 +37,7 @@ from truetune.ops.rope import rope_backward, rope_forward
 from truetune.ops.swiglu import Activation, glu_backward, glu_forward
 
 RECOMPUTED_ROWS = 4096  # enough for full GEMMs, few enough that gate and up stay small
+LATE_RANK = 32  # of the adapters that the activation's kernels add: each 16 or 32 rows read all of B (estimated)
 
 
 class Norm(NamedTuple):
@@ -326,6 +326,11 @@ class GatedMlp:
         """The same block for the rows from `first` on."""
         return replace(self, gate_up=from_row(self.gate_up, first), down=from_row((self.down,), first)[0])
 
+    @property
+    def adds_late(self) -> bool:
+        """Whether the activation's kernels add the adapters' part of gate and up, which are saved without it."""
+        return all(linear.b_NR is None or linear.b_NR.shape[1] <= LATE_RANK for linear in self.gate_up)
+
     def row_blocks(self, x_TH: Tensor) -> list[slice]:
         """The rows that are recomputed at a time. All of them where a weight is trained, whose gradient is one product,
         and on a CPU, where a product's bits depend on its rows."""
@@ -335,9 +340,9 @@ class GatedMlp:
 
 
 def _gate_and_up(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """(1 / rms, scaling * h @ A.T, gate and up without their adapters' part, which the activation's kernels add)."""
+    """(1 / rms, scaling * h @ A.T, gate and up as `block.adds_late` has them)."""
     h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
-    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8, add_adapters=False)
+    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8, add_adapters=not block.adds_late)
     return rstd_T, xa_TS, gate_up
 
 
@@ -442,8 +447,8 @@ def _halves(gate_up: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _low_rank(block: GatedMlp, xa_TS: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
-    """The adapters' part of gate and of up."""
-    parts = low_rank_parts(block.gate_up, xa_TS)
+    """The adapters' part of gate and of up, where it is still to be added."""
+    parts = low_rank_parts(block.gate_up, xa_TS if block.adds_late else None)
     if len(parts) == 2:
         return parts[0], parts[1]
     if (both := parts[0]) is None:

@@ -31,7 +31,8 @@ if triton is not None:
 
     @triton.jit
     def add_low_rank(
-        total, x_ptr, b_ptr, row, col, T, N, x_stride, b_stride, b_rank_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+        total, x_ptr, b_ptr, row, col, T, N, x_stride, b_stride, b_rank_stride,
+        RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
         """total + x @ b.T for the tile of the rows `row` [_, 1] and the columns `col` [1, _], in fp32."""
         for start in tl.static_range(0, RANK, BLOCK_R):
@@ -78,11 +79,6 @@ class LowRank(NamedTuple):
     b_NR: Tensor
 
 
-def rank_block(rank: int) -> int:
-    """How many ranks a kernel takes at once: at least the 16 of a tensor core's product."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
-
-
 def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
     """out = x @ b.T + up to three addends, summed in fp32; b is rounded to the dtype of x on its way in. Returns out,
     which may be one of the addends."""
@@ -101,7 +97,7 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
             x_TR, b_NR, *adds, *padding, out_TN, T, N,
             x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
             out_TN.stride(0),
-            RANK=R, ADDS=len(adds), BLOCK_R=rank_block(R), BLOCK_T=128, BLOCK_N=block_n,
+            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, triton.next_power_of_2(R))), BLOCK_T=128, BLOCK_N=block_n,
             num_warps=8,
         )  # fmt: skip
     return out_TN
@@ -397,9 +393,10 @@ def linears_forward(
 
 
 def low_rank_parts(linears: Sequence[Linear], xa_TS: Tensor | None) -> list[LowRank | None]:
-    """What `linears_forward` without `add_adapters` leaves out of each result."""
+    """What `linears_forward` without `add_adapters` leaves out of each result. B is rounded here, not by each of the
+    hundreds of programs that read all of it."""
     return [
-        None if xa_TS is None or linear.b_NR is None else LowRank(xa_TS[:, ranks], linear.b_NR.detach())
+        None if xa_TS is None or linear.b_NR is None else LowRank(xa_TS[:, ranks], linear.b_NR.detach().to(xa_TS.dtype))
         for linear, ranks in zip(linears, _rank_slices(linears), strict=True)
     ]
 

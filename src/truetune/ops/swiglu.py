@@ -20,7 +20,7 @@ from torch import Tensor
 
 from truetune.ops.backend import tl, triton, use_kernels
 from truetune.ops.fp8 import FP8, quantize_rows_reference
-from truetune.ops.lora import LowRank, matmul_fp32, rank_block
+from truetune.ops.lora import LowRank, matmul_fp32
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 """`gelu_tanh` is Transformers' `gelu_pytorch_tanh`, `gelu` the exact one."""
@@ -166,6 +166,8 @@ if triton is not None:
             up = add_low_rank(
                 up, up_x_ptr, up_b_ptr, row, cols, T, width, up_x_stride, up_b_stride, 1, UP_RANK, BLOCK_R
             )
+            if BLOCK_T > 1:
+                tl.debug_barrier()  # a product's threads hold other elements than they load and store
             dgate, dup, act = _gradients(dact, gate, up, ACTIVATION)
             dgate = dgate.to(dgate_ptr.dtype.element_ty)
             dup = dup.to(dup_ptr.dtype.element_ty)
@@ -194,7 +196,8 @@ if triton is not None:
 # Launchers
 
 _TILE, _ROW_TILE = 1024, 2048  # columns: of a program that has one tile, and of one that has a whole row
-_LOW_RANK_TILE, _LOW_RANK_ROW_TILE = (32, 128), (16, 256)  # rows and columns, likewise
+_LOW_RANK_TILE, _LOW_RANK_ROW_TILE = (32, 64), (16, 128)  # rows and columns, likewise
+_BLOCK_R = 16  # ranks at once: what a tensor core multiplies at the least; more take registers
 
 LowRanks = tuple[LowRank | None, LowRank | None]
 """What is added to gate, and what to up."""
@@ -213,20 +216,19 @@ class GluGrads(NamedTuple):
 
 
 def _blocks(T: int, width: int, quantize: bool, low_rank: LowRanks) -> tuple[tuple[int], int, dict[str, int]]:
-    """The grid, `span`, and the constants and warps: of one row a tile, each thread of which loads 8 elements at once;
-    or, to multiply, of several rows, with 16 elements a thread."""
+    """The grid, `span`, and the constants and warps, for 8 elements of a row a thread, or 16 of several rows."""
     ranks = [0 if part is None else part.b_NR.shape[1] for part in low_rank]
     if any(ranks):
         rows, block = _LOW_RANK_ROW_TILE if quantize else _LOW_RANK_TILE
         block = min(block, max(16, triton.next_power_of_2(width)))
-        num_warps = max(1, rows * block // 512)
+        num_warps = max(1, rows * block // 512)  # more a thread, and registers leave room for few programs at once
     else:
         rows, block = 1, min(_ROW_TILE if quantize else _TILE, triton.next_power_of_2(width))
         num_warps = max(1, block // 256)
     span = width if quantize else block
     constants = {
         "GATE_RANK": ranks[0], "UP_RANK": ranks[1],
-        "BLOCK_T": rows, "BLOCK": block, "BLOCK_R": rank_block(max(ranks)), "num_warps": num_warps,
+        "BLOCK_T": rows, "BLOCK": block, "BLOCK_R": _BLOCK_R, "num_warps": num_warps,
     }  # fmt: skip
     return (triton.cdiv(T, rows) * triton.cdiv(width, span),), span, constants
 
@@ -308,9 +310,10 @@ def glu_backward(
 ) -> GluGrads:
     """The gradients of gate and up, written over them if `inplace`; and `act` again with `recompute`.
 
-    gate, up and `low_rank` are as in `glu_forward`. `act_out` takes act, and may be dact. With `quantize` the gradients come in FP8 too, as `quantize_rows` would give
-    them: each contiguous and with a scale of its own, for two GEMMs; or, for one GEMM over both, as the halves of
-    `grads8_out`, a [T, 2I] buffer, under one scale a row (`dgate_scale_T is dup_scale_T`).
+    gate, up and `low_rank` are those of `glu_forward`. `act_out` takes act, and may be dact. With `quantize` the
+    gradients come in FP8 too, as `quantize_rows` would give them: each contiguous and with a scale of its own, for two
+    GEMMs; or, for one GEMM over both, as the halves of `grads8_out`, a [T, 2I] buffer, under one scale a row
+    (`dgate_scale_T is dup_scale_T`).
     """
     T, width = gate_TI.shape
     if not use_kernels(gate_TI):
