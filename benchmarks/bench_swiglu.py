@@ -71,7 +71,7 @@ def check(width, activation, fp8, rank=0):
     grads = glu_backward(dact, gate, up, activation, low_rank=low_rank, act_out=dact, quantize=fp8)
     for value, true in zip((ours, grads.dgate_TI, grads.dup_TI), exact, strict=True):
         error = (value[rows].double() - true).abs() - 2**-8 * true.abs()
-        worst, limit = error.max().item(), 5e-5 if rank else 1e-5
+        worst, limit = error.max().item(), 2e-4 if rank else 1e-5
         assert worst <= limit, f"{activation} at {width}: wrong by {worst:.1e} beyond bf16 rounding"
     assert rank or torch.equal(grads.act_TI, ours), f"{activation} at {width}: act made again is another"
     pairs = [(act8, scale, ours), (*grads[3:5], grads.dgate_TI), (*grads[5:7], grads.dup_TI)] if fp8 else []

@@ -130,10 +130,10 @@ def test_the_adapters_part_is_added_before_anything_is_rounded(device, dtype, sh
     gate, up, dact = make(device, dtype, *shape)
     low_rank = factors(device, dtype, *shape, ranks)
     exact = run(glu_reference, *map(added, (gate, up), low_rank), dact.double(), "silu")
-    eps = torch.finfo(dtype).eps / 2
+    eps = max(torch.finfo(dtype).eps / 2, 1e-6)  # a GPU's exponential is no better
     for value, true in zip(glu_with(low_rank, gate, up, dact, "silu"), exact, strict=True):
         assert value.dtype == dtype
-        assert ((value.double() - true).abs() <= eps * true.abs() + 2e-5).all()  # sums of 64 products, in fp32
+        assert ((value.double() - true).abs() <= eps * true.abs() + 1e-4).all()  # sums of up to 65 terms in fp32
 
 
 @pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,7 +144,7 @@ def test_every_activation_and_dtype_of_b_takes_the_adapters_part(device, activat
     exact = run(glu_reference, *map(added, (gate, up), low_rank), dact.double(), activation)
     ours = glu_with(low_rank, gate, up, dact, activation)
     for value, true in zip(ours, exact, strict=True):
-        assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 2e-5).all()
+        assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 1e-4).all()
     without_act = glu_with(low_rank, gate, up, dact, activation, recompute=False)
     for value, other in zip(ours, without_act, strict=True):
         torch.testing.assert_close(value, other, rtol=2**-7, atol=1e-5)
@@ -183,7 +183,7 @@ def test_fp8_results_have_the_adapters_part(device, shape, ranks, empty_is_nan):
     )  # fmt: skip
     for results in ((act, apart.dgate_TI, apart.dup_TI), (together.act_TI, together.dgate_TI, together.dup_TI)):
         for value, true in zip(results, exact, strict=True):
-            assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 2e-5).all()
+            assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 1e-4).all()
     assert_quantized(apart.dgate8_TI, apart.dgate_scale_T, apart.dgate_TI)
     assert_quantized(apart.dup8_TI, apart.dup_scale_T, apart.dup_TI)
     assert together.dgate_scale_T is together.dup_scale_T
