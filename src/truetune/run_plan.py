@@ -39,7 +39,7 @@ from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 
 CONTEXT = int(0.6 * GIB)  # CUDA's own, where a GPU is only named by its memory
-OTHER_HOST = 64 * GIB  # what may be pinned on another machine than this one
+OTHER_HOST = 128 * GIB  # the memory of another machine than this one
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,17 @@ def test_the_host_is_used_while_its_copies_hide(llama_8b):
     assert set(choose("auto", llama_8b, room, few)) == {"keep", "recompute"}
 
 
+@pytest.mark.parametrize("policy", ["lean", "offload", "auto"])
+def test_the_host_is_not_filled(llama_8b, policy):
+    room = ROOMS[7 if policy == "offload" else 3]
+    for gib, pins in ((24, True), (10, True), (1, False)):
+        choices = choose(policy, llama_8b, room, replace(RATES, host_bytes=gib * GIB))
+        pinned = sum(layer.pinned for layer in llama_8b.of_layers(choices))
+        assert pinned <= 0.8 * gib * GIB
+        assert policy == "offload" or bool(pinned) == pins
+    assert choose("lean", llama_8b, room, replace(RATES, host_bytes=24 * GIB)) == ("lean",) * 32
+
+
 def test_fixed_policies_and_terms(llama_8b):
     room = ROOMS[3]
     assert choose("keep", llama_8b, room, RATES) == ("keep",) * 32

@@ -36,6 +36,10 @@ POLICIES = ("auto", "keep", "lean", "offload")
 MARGIN = 0.06  # of the device: what other libraries take, and what the plan does not know
 FRAGMENTATION = 0.03  # of all that is not held: what the allocator cannot use of its blocks
 SHARED = 0.03  # of a copy's time is lost to the layer that it hides behind: both use the device's memory
+PINNED_BY_AUTO, PINNED_BY_NAME = (
+    0.5,
+    0.8,
+)  # of the host's memory, at most: where auto chooses, and where lean was asked for
 GIB = 2**30
 
 
@@ -101,7 +105,7 @@ class Rates:
     """Seconds of one layer's forward pass and backward pass, and of making again: gate and up, and all of attention;
     bytes a second to or from the host.
 
-    `host_bytes`: how much pinned memory there is to be had; 0 without a GPU.
+    `host_bytes`: the memory that the host has for this process; 0 without a GPU.
     """
 
     forward: float
@@ -182,13 +186,15 @@ def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]
 
 
 def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[str, ...]:
-    """The fastest mix of `policy` that fits into `room`; where none does, the leanest. The first of equals."""
+    """The fastest mix of `policy` that fits into `room`; where none does, the leanest. The first of equals.
+
+    None pins more than a share of the host's memory, whose end is the end of the process, without a word.
+    """
     best: tuple[float, tuple[str, ...]] | None = None
     leanest: tuple[int, tuple[str, ...]] | None = None
+    share = PINNED_BY_AUTO if policy == "auto" else PINNED_BY_NAME
     for choices in dict.fromkeys(mixes(policy, len(memory.model.layers), rates.host_bytes > 0)):
-        # What the host can pin is a guess (a virtual machine's memory grows as it is used): good enough to choose by,
-        # not to overrule what was asked for by name.
-        if policy == "auto" and sum(layer.pinned for layer in memory.of_layers(choices)) > rates.host_bytes:
+        if sum(layer.pinned for layer in memory.of_layers(choices)) > share * rates.host_bytes:
             continue
         needed = room.needed(memory, choices)
         if leanest is None or needed < leanest[0]:

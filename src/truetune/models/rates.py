@@ -84,11 +84,11 @@ def head_seconds(model: ModelShape, tokens: int, flops: float) -> float:
     return 2 * tokens * model.head * model.hidden * (3 if model.head_gradient else 2) / (flops * EFFICIENCY)
 
 
-def host_bytes(share: float = 0.5) -> int:
-    """How much of this machine's available memory one process of `LOCAL_WORLD_SIZE` may pin."""
+def host_bytes() -> int:
+    """This machine's available memory, shared by the processes of `LOCAL_WORLD_SIZE`."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(share * available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
