@@ -6,10 +6,8 @@
 16,384 tokens, gate and up the halves of one bf16 buffer. `forward` writes act; `backward` writes both gradients over
 gate and up and act over its own gradient; `+fp8` gives the results in FP8 too. GB/s counts each byte that has to move
 once. Before it is timed, each is checked against fp64 on fresh random inputs. PyTorch's own lines are its two kernels
-forward and what autograd makes of them backward. `rank 16` adds the adapters' part of gate and up as it reads them;
-`rank 16, written` is `low_rank_product` into both, as before a bf16 GEMM that adds to it (whose reading of it is not
-counted) or, `+fp8`, onto both, and then the kernel without it. Times are medians of `triton.testing.do_bench`, which
-clears the L2 cache between runs.
+forward and what autograd makes of them backward. Times are medians of `triton.testing.do_bench`, which clears the L2
+cache between runs.
 """
 
 import argparse
@@ -22,14 +20,12 @@ from pathlib import Path
 import torch
 
 from truetune.ops.fp8 import why_not_fp8
-from truetune.ops.lora import LowRank, low_rank_product
 from truetune.ops.swiglu import glu_backward, glu_forward, glu_reference
 
 swiglu = import_module("truetune.ops.swiglu")
 
 T = 16384
 WIDTHS = (14336, 3072)
-RANKS = (16, 32, 64)  # of gate's adapter and of up's
 
 
 def make(width):
@@ -49,31 +45,19 @@ def copy_ms(num_bytes):
     return median_ms(lambda: target.copy_(source))
 
 
-def adapters(width, rank):
-    """As `blocks.py` has them: the halves of one small product, and each B in bf16."""
-    x = torch.randn(T, 2 * rank, device="cuda", dtype=torch.bfloat16)
-    bs = (torch.randn(2, width, rank, device="cuda") * rank**-0.5).bfloat16()
-    return LowRank(x[:, :rank], bs[0]), LowRank(x[:, rank:], bs[1])
-
-
-def check(width, activation, fp8, rank=0):
+def check(width, activation, fp8):
     """Against fp64 on 256 tokens, all of them made and read as in the timed run."""
     gate, up, dact = make(width)
-    low_rank = adapters(width, rank) if rank else (None, None)
     rows = torch.randperm(T, device="cuda")[:256]
-    leaves = [
-        (x[rows].double() + (part.x_TR[rows].double() @ part.b_NR.double().t() if part else 0)).requires_grad_()
-        for x, part in zip((gate, up), low_rank, strict=True)
-    ]
+    leaves = [x[rows].double().requires_grad_() for x in (gate, up)]
     act = glu_reference(*leaves, activation)
     exact = [act, *torch.autograd.grad(act, leaves, dact[rows].double())]
-    ours, act8, scale = glu_forward(gate, up, activation, low_rank=low_rank, quantize=fp8)
-    grads = glu_backward(dact, gate, up, activation, low_rank=low_rank, act_out=dact, quantize=fp8)
+    ours, act8, scale = glu_forward(gate, up, activation, quantize=fp8)
+    grads = glu_backward(dact, gate, up, activation, act_out=dact, quantize=fp8)
     for value, true in zip((ours, grads.dgate_TI, grads.dup_TI), exact, strict=True):
         error = (value[rows].double() - true).abs() - 2**-8 * true.abs()
-        worst, limit = error.max().item(), 2e-4 if rank else 1e-5
-        assert worst <= limit, f"{activation} at {width}: wrong by {worst:.1e} beyond bf16 rounding"
-    assert rank or torch.equal(grads.act_TI, ours), f"{activation} at {width}: act made again is another"
+        assert error.max() <= 1e-5, f"{activation} at {width}: wrong by {error.max().item():.1e} beyond bf16 rounding"
+    assert torch.equal(grads.act_TI, ours), f"{activation} at {width}: act made again is another"
     pairs = [(act8, scale, ours), (*grads[3:5], grads.dgate_TI), (*grads[5:7], grads.dup_TI)] if fp8 else []
     for x8, scale_T, x in pairs:
         x8, x, scale_T1 = x8[rows].double(), x[rows].double(), scale_T[rows].double()[:, None]
@@ -101,43 +85,16 @@ def measure(width, activation, fp8):
     return rows
 
 
-def measure_low_rank(width, rank, quantize):
-    """The same rows for gate and up with adapters; bytes without the small factors."""
-    gate, up, dact = make(width)
-    low_rank = adapters(width, rank)
-    forward = partial(glu_forward, gate, up, "silu", quantize=quantize)
-    backward = partial(glu_backward, dact, gate, up, "silu", act_out=dact, quantize=quantize)
-
-    def written():
-        for base, part in zip((gate, up), low_rank, strict=True):
-            low_rank_product(*part, (base,) if quantize else (), base)
-        forward()
-
-    elements, suffix = T * width, ("+fp8" if quantize else "") + f", rank {rank}"
-    num_bytes = (7 * elements, 14 * elements) if quantize else (6 * elements, 12 * elements)
-    return [
-        (f"forward{suffix}", median_ms(partial(forward, low_rank=low_rank)), num_bytes[0]),
-        (f"forward{suffix}, written", median_ms(written), num_bytes[0]),
-        (f"backward{suffix}", median_ms(partial(backward, low_rank=low_rank)), num_bytes[1]),
-        (f"backward{suffix}, written", median_ms(backward), num_bytes[1]),
-    ]
-
-
 def tune(fp8):
     settings = [("_TILE", size, False) for size in (512, 1024, 2048)]
     settings += [("_ROW_TILE", size, True) for size in (1024, 2048, 4096, 8192)] if fp8 else []
-    tiles = [(16, 128), (16, 256), (32, 64), (32, 128), (64, 64)]
-    settings += [("_LOW_RANK_TILE", tile, False) for tile in tiles]
-    settings += [("_LOW_RANK_ROW_TILE", tile, True) for tile in tiles] if fp8 else []
     for width in WIDTHS:
         gate, up, dact = make(width)
-        low_rank = adapters(width, 16)
         for name, size, quantize in settings:
             before = getattr(swiglu, name)
             setattr(swiglu, name, size)
-            keywords = {"quantize": quantize} | ({"low_rank": low_rank} if "LOW_RANK" in name else {})
-            forward = median_ms(partial(glu_forward, gate, up, "silu", **keywords))
-            backward = median_ms(partial(glu_backward, dact, gate, up, "silu", act_out=dact, **keywords))
+            forward = median_ms(partial(glu_forward, gate, up, "silu", quantize=quantize))
+            backward = median_ms(partial(glu_backward, dact, gate, up, "silu", act_out=dact, quantize=quantize))
             setattr(swiglu, name, before)
             print(f"I {width} {name} {size}: forward {forward:.3f} ms, backward {backward:.3f} ms", flush=True)
 
@@ -159,12 +116,7 @@ def main():
     for width in WIDTHS:
         for activation in ("silu", "gelu_tanh", "gelu"):
             check(width, activation, fp8)
-            rows = measure(width, activation, fp8)
-            for rank in RANKS if activation == "silu" else ():
-                for quantize in (False, True) if fp8 else (False,):
-                    check(width, activation, quantize, rank)
-                    rows += measure_low_rank(width, rank, quantize)
-            for what, ms, num_bytes in rows:
+            for what, ms, num_bytes in measure(width, activation, fp8):
                 ratio = ms / copy_ms(num_bytes)
                 results.append({"I": width, "activation": activation, "what": what, "ms": ms, "times_copy": ratio})
                 print(

@@ -13,9 +13,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-
-from truetune.ops.lora import LowRank
 
 TARGETS = {75: "fp16", 80: "bf16", 86: "bf16", 89: "bf16", 90: "bf16", 100: "bf16"}  # bf16 begins with 80
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # what one program may have
@@ -26,7 +23,6 @@ POINTERS = {
     "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "rstd_ptr": "*fp32", "dweight_ptr": "*fp32",
     "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8", "absmax_ptr": "*u8", "code_ptr": "*fp32",
     "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32", "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
-    "gate_b_ptr": "*fp32", "up_b_ptr": "*fp32",
 }  # fmt: skip
 COUNTS = {"V", "K", "T", "num_pairs"}
 WIDTHS = {"H", "N", "width", "span"}
@@ -66,31 +62,23 @@ def kernels() -> list[Kernel]:
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": True}),
         Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": False, "rows_ptr": None}),
         *(
-            Kernel("swiglu", name, *tiles_of_glu(False, ranks, {"ACTIVATION": activation} | without))
+            Kernel("swiglu", name, 4, {"ACTIVATION": activation, "BLOCK": 1024, "QUANTIZE": False} | without)
             for activation in ("silu", "gelu_tanh", "gelu")
-            for ranks in ((0, 0), (16, 16))
             for name, without in (
                 ("_glu_forward_kernel", {"act8_ptr": None, "scale_ptr": None}),
                 ("_glu_backward_kernel", fp8 | {"RECOMPUTE": True, "ONE_SCALE": True}),
                 ("_glu_backward_kernel", fp8 | {"RECOMPUTE": False, "ONE_SCALE": True, "act_ptr": None}),
             )
         ),
+        Kernel("swiglu", "_glu_forward_kernel", 8, {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True}),
         *(
-            Kernel("swiglu", name, *tiles_of_glu(False, ranks, {"ACTIVATION": "silu"} | constants), dtype=dtype)
-            for ranks, dtype in (((64, 0), None), ((64, 64), "fp32"))
-            for name, constants in (
-                ("_glu_forward_kernel", {"act8_ptr": None, "scale_ptr": None}),
-                ("_glu_backward_kernel", fp8 | {"RECOMPUTE": True, "ONE_SCALE": True}),
+            Kernel(
+                "swiglu",
+                "_glu_backward_kernel",
+                8,
+                {"ACTIVATION": "silu", "BLOCK": 2048, "QUANTIZE": True, "RECOMPUTE": True, "ONE_SCALE": one_scale},
             )
-        ),
-        *(
-            Kernel("swiglu", name, *tiles_of_glu(True, ranks, {"ACTIVATION": "silu"} | constants))
-            for ranks in ((0, 0), (16, 16), (0, 64))
-            for name, constants in (
-                ("_glu_forward_kernel", {}),
-                ("_glu_backward_kernel", {"RECOMPUTE": True, "ONE_SCALE": False}),
-                ("_glu_backward_kernel", {"RECOMPUTE": True, "ONE_SCALE": True}),
-            )
+            for one_scale in (False, True)
         ),
         Kernel("fp8", "_quantize_rows_kernel", 16, {"BLOCK": 4096}, wide=False),  # 8 bytes are 8 elements of FP8
         *(Kernel(*norm, *tile_of_rows(H, 2048, plain)) for H in (64, 1024, 16384)),
@@ -121,15 +109,6 @@ def tile_of_rows(H: int, elements: int, absent: dict[str, None]) -> tuple[int, d
     """The warps and the constants of the kernels of `rms_norm`."""
     rows, block_h, num_warps = import_module("truetune.ops.rms_norm")._tile(H, elements)
     return num_warps, {"ROWS": rows, "BLOCK_H": block_h, **absent}
-
-
-def tiles_of_glu(quantize: bool, ranks: tuple[int, int], constants: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The warps and the constants of the kernels of `swiglu`."""
-    low_rank = [LowRank(*torch.empty(2, 1, rank, device="meta")) if rank else None for rank in ranks]
-    _, _, tiles = import_module("truetune.ops.swiglu")._blocks(16384, 14336, quantize, low_rank)
-    for name, rank in zip(("gate", "up"), ranks, strict=True):
-        tiles |= {} if rank else {f"{name}_x_ptr": None, f"{name}_b_ptr": None}
-    return tiles.pop("num_warps"), tiles | {"QUANTIZE": quantize} | constants
 
 
 def tiles_of_heads(

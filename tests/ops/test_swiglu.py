@@ -7,7 +7,6 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from truetune.ops.fp8 import FP8, quantize_rows_reference
-from truetune.ops.lora import LowRank
 from truetune.ops.swiglu import GluGrads, glu, glu_backward, glu_forward, glu_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,98 +95,6 @@ def assert_quantized(x8, scale, x):
     expected8, expected_scale = quantize_rows_reference(x)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(x8.contiguous().view(torch.uint8), expected8.contiguous().view(torch.uint8))
-
-
-# -- with the adapters' part as factors
-
-
-def factors(device, dtype, num_tokens, width, ranks, b_dtype=torch.float32):
-    """The parts of gate and of up, x side by side in one tensor; None where the rank is 0."""
-    rng = torch.Generator().manual_seed(1)
-    x = torch.randn(num_tokens, sum(ranks), generator=rng).to(device, dtype)
-    bs = [torch.randn(width, rank, generator=rng).div(max(rank, 1) ** 0.5).to(device, b_dtype) for rank in ranks]
-    return tuple(LowRank(*pair) if pair[1].numel() else None for pair in zip(x.split(ranks, 1), bs, strict=True))
-
-
-def added(base, part):
-    """base + x @ b.T in fp64, b rounded to the dtype of x before."""
-    return base.double() if part is None else base.double() + part.x_TR.double() @ part.b_NR.to(base).double().t()
-
-
-def glu_with(low_rank, gate, up, dact, activation, **keywords):
-    act = glu_forward(gate, up, activation, low_rank=low_rank)[0]
-    grads = glu_backward(dact, gate, up, activation, low_rank=low_rank, inplace=False, **keywords)
-    if grads.act_TI is not None:
-        torch.testing.assert_close(grads.act_TI, act, rtol=torch.finfo(act.dtype).eps, atol=1e-6)  # another kernel
-    return act, grads.dgate_TI, grads.dup_TI
-
-
-@pytest.mark.parametrize("ranks", [(1, 1), (8, 8), (16, 0), (0, 16), (64, 8)], ids=str)
-@pytest.mark.parametrize("shape", [(35, 133), (3, 1), (1, 260)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_adapters_part_is_added_before_anything_is_rounded(device, dtype, shape, ranks, empty_is_nan):
-    """Each element is that of fp64 to one rounding of the result, and not of the sum."""
-    gate, up, dact = make(device, dtype, *shape)
-    low_rank = factors(device, dtype, *shape, ranks)
-    exact = run(glu_reference, *map(added, (gate, up), low_rank), dact.double(), "silu")
-    eps = max(torch.finfo(dtype).eps / 2, 1e-6)  # a GPU's exponential is no better
-    for value, true in zip(glu_with(low_rank, gate, up, dact, "silu"), exact, strict=True):
-        assert value.dtype == dtype
-        assert ((value.double() - true).abs() <= eps * true.abs() + 1e-4).all()  # sums of up to 65 terms in fp32
-
-
-@pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_dtype_of_b_takes_the_adapters_part(device, activation, b_dtype, empty_is_nan):
-    gate, up, dact = make(device, torch.bfloat16, 33, 70)
-    low_rank = factors(device, torch.bfloat16, 33, 70, (16, 16), b_dtype)
-    exact = run(glu_reference, *map(added, (gate, up), low_rank), dact.double(), activation)
-    ours = glu_with(low_rank, gate, up, dact, activation)
-    for value, true in zip(ours, exact, strict=True):
-        assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 1e-4).all()
-    without_act = glu_with(low_rank, gate, up, dact, activation, recompute=False)
-    for value, other in zip(ours, without_act, strict=True):
-        torch.testing.assert_close(value, other, rtol=2**-7, atol=1e-5)
-
-
-def test_the_adapters_part_of_halves_is_added_in_place(device):
-    """As one linear for gate and up leaves them: one x, the halves of its B."""
-    width = 100
-    gate, up, dact = make(device, torch.bfloat16, 37, width)
-    (part, _), buffer = factors(device, torch.bfloat16, 37, 2 * width, (8, 0)), torch.cat((gate, up), 1)
-    low_rank = tuple(LowRank(part.x_TR, b) for b in part.b_NR.chunk(2))
-    act, dgate, dup = glu_with(low_rank, gate, up, dact, "silu")
-    halves = buffer.chunk(2, 1)
-    assert torch.equal(glu_forward(*halves, "silu", low_rank=low_rank)[0], act)
-    grads = glu_backward(dact, *halves, "silu", low_rank=low_rank, act_out=dact)
-    assert grads.dgate_TI is halves[0] and grads.dup_TI is halves[1] and grads.act_TI is dact
-    assert torch.equal(halves[0], dgate) and torch.equal(halves[1], dup) and torch.equal(dact, act)
-
-
-# -- FP8
-
-
-@pytest.mark.parametrize("shape", [(37, 300), (16, 48)], ids=str)
-@pytest.mark.parametrize("ranks", [(8, 16), (0, 3)], ids=str)
-def test_fp8_results_have_the_adapters_part(device, shape, ranks, empty_is_nan):
-    T, width = shape
-    gate, up, dact = make(device, torch.bfloat16, *shape)
-    low_rank = factors(device, torch.bfloat16, *shape, ranks)
-    exact = run(glu_reference, *map(added, (gate, up), low_rank), dact.double(), "silu")
-    act, act8, scale = glu_forward(gate, up, "silu", low_rank=low_rank, quantize=True)
-    assert_quantized(act8, scale, act)
-    apart = glu_backward(dact, gate, up, "silu", low_rank=low_rank, inplace=False, quantize=True)
-    both8 = torch.empty((T, 2 * width), dtype=FP8, device=device)
-    together = glu_backward(
-        dact, gate.clone(), up.clone(), "silu", low_rank=low_rank, quantize=True, grads8_out=both8
-    )  # fmt: skip
-    for results in ((act, apart.dgate_TI, apart.dup_TI), (together.act_TI, together.dgate_TI, together.dup_TI)):
-        for value, true in zip(results, exact, strict=True):
-            assert ((value.double() - true).abs() <= 2**-8 * true.abs() + 1e-4).all()
-    assert_quantized(apart.dgate8_TI, apart.dgate_scale_T, apart.dgate_TI)
-    assert_quantized(apart.dup8_TI, apart.dup_scale_T, apart.dup_TI)
-    assert together.dgate_scale_T is together.dup_scale_T
-    assert_quantized(both8, together.dup_scale_T, torch.cat((together.dgate_TI, together.dup_TI), -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

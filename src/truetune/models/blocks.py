@@ -5,9 +5,9 @@
     x                 = project_out(attended, residual)      projection, post-norm, residual
     x                 = mlp(x)              norm, gate and up, activation, down, post-norm, residual
 
-Saved for the backward pass are the residual stream, q/k/v before their norm, the attention's output, gate and up
-(without the part of adapters of a small rank), and the adapters' small products; norms, that part and the activation
-product are made again. Parameters are read from PEFT's and Transformers' modules at every call, and none are owned.
+Saved for the backward pass are the residual stream, q/k/v before their norm, the attention's output, gate and up, and
+the adapters' small products; norms and the activation product are made again. Parameters are read from PEFT's and
+Transformers' modules at every call, and none are owned here.
 
 T: tokens, H: hidden size, N: features of a projection, I: intermediate size, K: rows that the loss needs.
 """
@@ -22,14 +22,12 @@ from torch import Tensor
 from truetune.ops.fp8 import FP8
 from truetune.ops.lora import (
     Linear,
-    LowRank,
     Quantized,
     draw_seeds,
     from_row,
     linears_backward_input,
     linears_backward_parameters,
     linears_forward,
-    low_rank_parts,
     products_with_adapters,
 )
 from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -37,7 +35,6 @@ from truetune.ops.rope import rope_backward, rope_forward
 from truetune.ops.swiglu import Activation, glu_backward, glu_forward
 
 RECOMPUTED_ROWS = 4096  # enough for full GEMMs, few enough that gate and up stay small
-LATE_RANK = 32  # of the adapters that the activation's kernels add: each 16 or 32 rows read all of B (estimated)
 
 
 class Norm(NamedTuple):
@@ -326,11 +323,6 @@ class GatedMlp:
         """The same block for the rows from `first` on."""
         return replace(self, gate_up=from_row(self.gate_up, first), down=from_row((self.down,), first)[0])
 
-    @property
-    def adds_late(self) -> bool:
-        """Whether the activation's kernels add the adapters' part of gate and up, which are saved without it."""
-        return all(linear.b_NR is None or linear.b_NR.shape[1] <= LATE_RANK for linear in self.gate_up)
-
     def row_blocks(self, x_TH: Tensor) -> list[slice]:
         """The rows that are recomputed at a time. All of them where a weight is trained, whose gradient is one product,
         and on a CPU, where a product's bits depend on its rows."""
@@ -339,19 +331,11 @@ class GatedMlp:
         return [slice(start, start + rows) for start in range(0, len(x_TH), rows)]
 
 
-def _gate_and_up(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """(1 / rms, scaling * h @ A.T, gate and up as `block.adds_late` has them)."""
-    h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
-    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8, add_adapters=not block.adds_late)
-    return rstd_T, xa_TS, gate_up
-
-
 def _mlp_forward(block: GatedMlp, x_TH: Tensor) -> tuple[Tensor, list[Any]]:
     """(the new residual stream, what `_mlp_backward` needs beside x)."""
-    rstd_T, xa_TS, gate_up = _gate_and_up(block, x_TH)
-    act_TI, act8_TI, scale_T = glu_forward(
-        *_halves(gate_up), block.activation, low_rank=_low_rank(block, xa_TS), quantize=block.down.weight.fp8
-    )
+    h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
+    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8)
+    act_TI, act8_TI, scale_T = glu_forward(*_halves(gate_up), block.activation, quantize=block.down.weight.fp8)
     quantized = quantized_or_none(act8_TI, scale_T)
     out_TH, down_xa, y_TH, y_rstd = _into_residual(
         act_TI, x_TH, block.down, block.post_norm, block.multiplier, quantized
@@ -363,7 +347,8 @@ def _mlp_made_again(block: GatedMlp, x_TH: Tensor) -> list[Any]:
     """What `_mlp_forward` leaves for `_mlp_backward`; without the product with down, unless a norm comes after it."""
     if block.post_norm is not None:
         return _mlp_forward(block, x_TH)[1]
-    rstd_T, xa_TS, gate_up = _gate_and_up(block, x_TH)
+    h_TH, rstd_T, h8 = _normed(block.norm, x_TH, block.dtype, block.gate_up)
+    gate_up, xa_TS = linears_forward(h_TH, block.gate_up, quantized=h8)
     return [rstd_T, xa_TS, None, None, None, *gate_up]
 
 
@@ -377,10 +362,7 @@ def _mlp_backward(
     assert dact_TI is not None
     fp8 = all(linear.weight.fp8 for linear in block.gate_up)
     both8 = torch.empty_like(gate_up[0], dtype=FP8) if fp8 and len(gate_up) == 1 else None
-    grads = glu_backward(
-        dact_TI, *_halves(gate_up), block.activation,
-        low_rank=_low_rank(block, xa_TS), act_out=dact_TI, quantize=fp8, grads8_out=both8,
-    )  # fmt: skip
+    grads = glu_backward(dact_TI, *_halves(gate_up), block.activation, act_out=dact_TI, quantize=fp8, grads8_out=both8)
     act_TI = dact_TI  # where it was made again
     quantized = [quantized_or_none(both8, grads.dgate_scale_T)]
     if len(gate_up) == 2:
@@ -444,14 +426,3 @@ def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 def _halves(gate_up: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return tuple(gate_up[0].chunk(2, 1)) if len(gate_up) == 1 else tuple(gate_up)  # type: ignore[return-value]
-
-
-def _low_rank(block: GatedMlp, xa_TS: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
-    """The adapters' part of gate and of up, where it is still to be added."""
-    parts = low_rank_parts(block.gate_up, xa_TS if block.adds_late else None)
-    if len(parts) == 2:
-        return parts[0], parts[1]
-    if (both := parts[0]) is None:
-        return None, None
-    b_gate, b_up = both.b_NR.chunk(2)
-    return LowRank(both.x_TR, b_gate), LowRank(both.x_TR, b_up)

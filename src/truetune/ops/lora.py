@@ -5,8 +5,7 @@ product goes into the result first, and the weight's product is added to it by t
 result is spent on the sum; FP8 products, which take no addend, come first instead, and so does every product that goes
 into the residual stream. There the adapter's part is for many steps smaller than half a bf16 place of the stream:
 rounded onto it before the weight's product is there, it would be lost in every element, and the adapter would learn
-more slowly; in one fp32 sum of the three it survives on average. Where a kernel reads the result next, as that of the
-activation does for gate and up, it can add the adapter's product itself (`LowRank`). LoRA: Hu et al., arXiv:2106.09685.
+more slowly; in one fp32 sum of the three it survives on average. LoRA: Hu et al., arXiv:2106.09685.
 
 Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
 """
@@ -29,23 +28,6 @@ from truetune.ops.nf4 import dequantize_nf4
 
 if triton is not None:
 
-    @triton.jit
-    def add_low_rank(
-        total, x_ptr, b_ptr, row, col, T, N, x_stride, b_stride, b_rank_stride,
-        RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    ):  # fmt: skip
-        """total + x @ b.T for the tile of the rows `row` [_, 1] and the columns `col` [1, _], in fp32."""
-        for start in tl.static_range(0, RANK, BLOCK_R):
-            rank = start + tl.arange(0, BLOCK_R)
-            x = tl.load(x_ptr + row * x_stride + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
-            b = tl.load(
-                b_ptr + col.to(tl.int64) * b_stride + rank[:, None] * b_rank_stride,
-                mask=(col < N) & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            total = tl.dot(x, b.to(x.dtype), total, input_precision="ieee")
-        return total
-
     @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
     def _low_rank_product_kernel(
         x_ptr, adapter_ptr, add0_ptr, add1_ptr, add2_ptr, out_ptr, T, N,
@@ -54,10 +36,16 @@ if triton is not None:
     ):  # fmt: skip
         row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        out = add_low_rank(
-            tl.zeros([BLOCK_T, BLOCK_N], tl.float32), x_ptr, adapter_ptr, row, col, T, N,
-            x_stride, adapter_stride, adapter_rank_stride, RANK, BLOCK_R,
-        )  # fmt: skip
+        out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for start in tl.static_range(0, RANK, BLOCK_R):
+            rank = start + tl.arange(0, BLOCK_R)
+            x = tl.load(x_ptr + row * x_stride + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
+            b = tl.load(
+                adapter_ptr + col.to(tl.int64) * adapter_stride + rank[:, None] * adapter_rank_stride,
+                mask=(col < N) & (rank < RANK)[:, None],
+                other=0.0,
+            )
+            out = tl.dot(x, b.to(x.dtype), out, input_precision="ieee")
         mask = (row < T) & (col < N)
         if ADDS > 0:
             out += tl.load(add0_ptr + row * add0_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -70,13 +58,6 @@ if triton is not None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launchers and plain products
-
-
-class LowRank(NamedTuple):
-    """x @ b.T [T, N] as its factors, for a kernel that adds it to what it reads; b is rounded to the dtype of x."""
-
-    x_TR: Tensor
-    b_NR: Tensor
 
 
 def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
@@ -365,12 +346,10 @@ def linears_forward(
     *,
     residual_TN: Tensor | None = None,
     quantized: Quantized | None = None,
-    add_adapters: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The results [T, N] of all linears in the dtype of x, and scaling * x @ A.T [T, S] for the backward pass.
 
     `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
-    Without `add_adapters` the results lack the adapters' products, which `low_rank_parts` gives as their factors.
     """
     xa_TS = products_with_adapters(x_TK, linears)
     quantized = quantized_if_needed(x_TK, linears, quantized)
@@ -378,7 +357,7 @@ def linears_forward(
     results = []
     for linear, ranks in zip(linears, _rank_slices(linears), strict=True):
         weight = linear.weight
-        if linear.b_NR is None or xa_TS is None or not add_adapters:
+        if linear.b_NR is None or xa_TS is None:
             out = weight.times(x_TK, None if residual_TN is None else residual_TN.clone(), quantized)
         elif weight.fp8 or residual_TN is not None:
             y_TN = weight.times(x_TK, None, quantized)
@@ -390,15 +369,6 @@ def linears_forward(
             out = weight.times(x_TK, out, quantized)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
-
-
-def low_rank_parts(linears: Sequence[Linear], xa_TS: Tensor | None) -> list[LowRank | None]:
-    """What `linears_forward` without `add_adapters` leaves out of each result. B is rounded here, not by each of the
-    hundreds of programs that read all of it."""
-    return [
-        None if xa_TS is None or linear.b_NR is None else LowRank(xa_TS[:, ranks], linear.b_NR.detach().to(xa_TS.dtype))
-        for linear, ranks in zip(linears, _rank_slices(linears), strict=True)
-    ]
 
 
 def linears_backward_input(

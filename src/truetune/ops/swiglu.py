@@ -5,11 +5,7 @@ Forward reads gate and up once, backward reads them and the gradient once, write
 makes `act` again on the way, so that a block need not keep it. Everything between a load and a store is fp32. Either
 direction also gives its result in FP8 for the GEMM that comes next, in the same launch.
 
-With LoRA, gate and up may come without their adapters' part: both directions add it as they read, from its factors
-(`LowRank`), so that it is never written. That takes tiles of several rows, which a tensor core can multiply; without it
-a tile lies in one row.
-
-Letters of tensor shapes: T tokens, I intermediate size, R rank.
+Letters of tensor shapes: T tokens, I intermediate size.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -20,7 +16,6 @@ from torch import Tensor
 
 from truetune.ops.backend import tl, triton, use_kernels
 from truetune.ops.fp8 import FP8, quantize_rows_reference
-from truetune.ops.lora import LowRank, matmul_fp32
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 """`gelu_tanh` is Transformers' `gelu_pytorch_tanh`, `gelu` the exact one."""
@@ -30,7 +25,6 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 if triton is not None:
     from truetune.ops.fp8 import row_scale
-    from truetune.ops.lora import add_low_rank
 
     @triton.jit
     def _sigmoid(x):
@@ -57,124 +51,61 @@ if triton is not None:
         return gate * share, slope
 
     @triton.jit
-    def _gradients(dact, gate, up, ACTIVATION: tl.constexpr):
-        """The gradients of gate and up, and act."""
-        value, slope = _activate(gate, ACTIVATION)
-        return dact * up * slope, dact * value, value * up
-
-    @triton.jit
-    def _program(width, span, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
-        """(rows, first column, columns of a tile): scalar and [BLOCK], or [BLOCK_T, 1] and [1, BLOCK] for several rows.
-
-        One program takes `span` columns: a tile, or, to know the largest before the first is rounded, all.
-        """
+    def _glu_forward_kernel(
+        gate_ptr, up_ptr, act_ptr, act8_ptr, scale_ptr, gate_stride, up_stride, width, span,
+        ACTIVATION: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `span` columns of a row: a tile, or, to know the largest before the first is rounded, all."""
         spans = tl.cdiv(width, span)
         row = (tl.program_id(0) // spans).to(tl.int64)
-        cols = tl.arange(0, BLOCK)
-        if BLOCK_T > 1:
-            row = (row * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
-            cols = cols[None, :]
-        return row, tl.program_id(0) % spans * span, cols
-
-    @triton.jit
-    def _inside(row, cols, T, width, BLOCK_T: tl.constexpr):
-        mask = cols < width
-        if BLOCK_T > 1:
-            mask = mask & (row < T)
-        return mask
-
-    @triton.jit
-    def _zeros(BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
-        if BLOCK_T > 1:
-            zeros = tl.zeros([BLOCK_T, BLOCK], tl.float32)
-        else:
-            zeros = tl.zeros([BLOCK], tl.float32)
-        return zeros
-
-    @triton.jit
-    def _scale_of_rows(scale_ptr, amax, row, T, BLOCK_T: tl.constexpr):
-        """Stores the rows' scales; gives their inverses."""
-        if BLOCK_T > 1:
-            largest = tl.max(amax, 1, keep_dims=True)
-        else:
-            largest = tl.max(amax, 0)
-        scale, inverse = row_scale(largest)
-        tl.store(scale_ptr + row, scale, mask=row < T)
-        return inverse
-
-    @triton.jit
-    def _round_to_fp8(x_ptr, x8_ptr, x_stride, x8_stride, inverse, row, cols, mask):
-        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(x8_ptr + row * x8_stride + cols, (x * inverse).to(tl.float8e4nv), mask=mask)
-
-    @triton.jit(do_not_specialize=["T"])
-    def _glu_forward_kernel(
-        gate_ptr, up_ptr, act_ptr, act8_ptr, scale_ptr, gate_x_ptr, gate_b_ptr, up_x_ptr, up_b_ptr,
-        gate_stride, up_stride, gate_x_stride, gate_b_stride, up_x_stride, up_b_stride, T, width, span,
-        ACTIVATION: tl.constexpr, QUANTIZE: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    ):  # fmt: skip
-        row, first, lanes = _program(width, span, BLOCK_T, BLOCK)
-        amax = _zeros(BLOCK_T, BLOCK)
-        for start in tl.range(first, first + span, BLOCK, num_stages=1):  # no copies ahead, which take shared memory
-            cols = start + lanes
-            mask = _inside(row, cols, T, width, BLOCK_T)
+        first = tl.program_id(0) % spans * span
+        amax = tl.zeros([BLOCK], tl.float32)
+        for start in range(first, first + span, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < width
             gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            gate = add_low_rank(
-                gate, gate_x_ptr, gate_b_ptr, row, cols, T, width, gate_x_stride, gate_b_stride, 1, GATE_RANK, BLOCK_R
-            )
-            up = add_low_rank(
-                up, up_x_ptr, up_b_ptr, row, cols, T, width, up_x_stride, up_b_stride, 1, UP_RANK, BLOCK_R
-            )
             value, _ = _activate(gate, ACTIVATION)
             act = (value * up).to(act_ptr.dtype.element_ty)
             tl.store(act_ptr + row * width + cols, act, mask=mask)
             if QUANTIZE:
                 amax = tl.maximum(amax, tl.abs(act.to(tl.float32)))
         if QUANTIZE:
-            inverse = _scale_of_rows(scale_ptr, amax, row, T, BLOCK_T)
+            scale, inverse = row_scale(tl.max(amax, 0))
+            tl.store(scale_ptr + row, scale)
             tl.debug_barrier()  # what was stored is loaded again
             for start in range(0, width, BLOCK):
-                cols = start + lanes
-                mask = _inside(row, cols, T, width, BLOCK_T)
-                _round_to_fp8(act_ptr, act8_ptr, width, width, inverse, row, cols, mask)
+                cols = start + tl.arange(0, BLOCK)
+                act = tl.load(act_ptr + row * width + cols, mask=cols < width, other=0.0).to(tl.float32)
+                tl.store(act8_ptr + row * width + cols, (act * inverse).to(tl.float8e4nv), mask=cols < width)
 
-    @triton.jit(do_not_specialize=["T"])
+    @triton.jit
     def _glu_backward_kernel(
         dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, act_ptr, dgate8_ptr, dup8_ptr, dgate_scale_ptr, dup_scale_ptr,
-        gate_x_ptr, gate_b_ptr, up_x_ptr, up_b_ptr,
-        dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, act_stride, grad8_stride,
-        gate_x_stride, gate_b_stride, up_x_stride, up_b_stride, T, width, span,
+        dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, act_stride, grad8_stride, width, span,
         ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, QUANTIZE: tl.constexpr, ONE_SCALE: tl.constexpr,
-        GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """dgate may be gate, dup up, and act dact: a tile is loaded, then stored."""
-        row, first, lanes = _program(width, span, BLOCK_T, BLOCK)
-        dgate_amax = _zeros(BLOCK_T, BLOCK)
-        dup_amax = _zeros(BLOCK_T, BLOCK)
-        for start in tl.range(first, first + span, BLOCK, num_stages=1):
-            cols = start + lanes
-            mask = _inside(row, cols, T, width, BLOCK_T)
+        """Programs as in the forward kernel. dgate may be gate, dup up, and act dact: a tile is loaded, then stored."""
+        spans = tl.cdiv(width, span)
+        row = (tl.program_id(0) // spans).to(tl.int64)
+        first = tl.program_id(0) % spans * span
+        dgate_amax = tl.zeros([BLOCK], tl.float32)
+        dup_amax = tl.zeros([BLOCK], tl.float32)
+        for start in range(first, first + span, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < width
             dact = tl.load(dact_ptr + row * dact_stride + cols, mask=mask, other=0.0).to(tl.float32)
             gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            gate = add_low_rank(
-                gate, gate_x_ptr, gate_b_ptr, row, cols, T, width, gate_x_stride, gate_b_stride, 1, GATE_RANK, BLOCK_R
-            )
-            up = add_low_rank(
-                up, up_x_ptr, up_b_ptr, row, cols, T, width, up_x_stride, up_b_stride, 1, UP_RANK, BLOCK_R
-            )
-            if BLOCK_T > 1:
-                tl.debug_barrier()  # a product's threads hold other elements than they load and store
-            dgate, dup, act = _gradients(dact, gate, up, ACTIVATION)
-            dgate = dgate.to(dgate_ptr.dtype.element_ty)
-            dup = dup.to(dup_ptr.dtype.element_ty)
+            value, slope = _activate(gate, ACTIVATION)
+            dgate = (dact * up * slope).to(dgate_ptr.dtype.element_ty)
+            dup = (dact * value).to(dup_ptr.dtype.element_ty)
             tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
             tl.store(dup_ptr + row * dup_stride + cols, dup, mask=mask)
             if RECOMPUTE:
-                tl.store(act_ptr + row * act_stride + cols, act.to(act_ptr.dtype.element_ty), mask=mask)
+                act = (value * up).to(act_ptr.dtype.element_ty)
+                tl.store(act_ptr + row * act_stride + cols, act, mask=mask)
             if QUANTIZE:
                 dgate_amax = tl.maximum(dgate_amax, tl.abs(dgate.to(tl.float32)))
                 dup_amax = tl.maximum(dup_amax, tl.abs(dup.to(tl.float32)))
@@ -182,25 +113,24 @@ if triton is not None:
             if ONE_SCALE:
                 dgate_amax = tl.maximum(dgate_amax, dup_amax)
                 dup_amax = dgate_amax
-            dgate_inverse = _scale_of_rows(dgate_scale_ptr, dgate_amax, row, T, BLOCK_T)
-            dup_inverse = _scale_of_rows(dup_scale_ptr, dup_amax, row, T, BLOCK_T)
+            dgate_scale, dgate_inverse = row_scale(tl.max(dgate_amax, 0))
+            dup_scale, dup_inverse = row_scale(tl.max(dup_amax, 0))
+            tl.store(dgate_scale_ptr + row, dgate_scale)
+            tl.store(dup_scale_ptr + row, dup_scale)
             tl.debug_barrier()  # what was stored is loaded again
             for start in range(0, width, BLOCK):
-                cols = start + lanes
-                mask = _inside(row, cols, T, width, BLOCK_T)
-                _round_to_fp8(dgate_ptr, dgate8_ptr, dgate_stride, grad8_stride, dgate_inverse, row, cols, mask)
-                _round_to_fp8(dup_ptr, dup8_ptr, dup_stride, grad8_stride, dup_inverse, row, cols, mask)
+                cols = start + tl.arange(0, BLOCK)
+                mask = cols < width
+                dgate = tl.load(dgate_ptr + row * dgate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                dup = tl.load(dup_ptr + row * dup_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dgate8_ptr + row * grad8_stride + cols, (dgate * dgate_inverse).to(tl.float8e4nv), mask=mask)
+                tl.store(dup8_ptr + row * grad8_stride + cols, (dup * dup_inverse).to(tl.float8e4nv), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launchers
 
 _TILE, _ROW_TILE = 1024, 2048  # columns: of a program that has one tile, and of one that has a whole row
-_LOW_RANK_TILE, _LOW_RANK_ROW_TILE = (32, 64), (16, 128)  # rows and columns, likewise
-_BLOCK_R = 16  # ranks at once: what a tensor core multiplies at the least; more take registers
-
-LowRanks = tuple[LowRank | None, LowRank | None]
-"""What is added to gate, and what to up."""
 
 
 class GluGrads(NamedTuple):
@@ -215,55 +145,35 @@ class GluGrads(NamedTuple):
     dup_scale_T: Tensor | None = None
 
 
-def _blocks(T: int, width: int, quantize: bool, low_rank: LowRanks) -> tuple[tuple[int], int, dict[str, int]]:
-    """The grid, `span`, and the constants and warps, for 8 elements of a row a thread, or 16 of several rows."""
-    ranks = [0 if part is None else part.b_NR.shape[1] for part in low_rank]
-    if any(ranks):
-        rows, block = _LOW_RANK_ROW_TILE if quantize else _LOW_RANK_TILE
-        block = min(block, max(16, triton.next_power_of_2(width)))
-        num_warps = max(1, rows * block // 512)  # more a thread, and registers leave room for few programs at once
-    else:
-        rows, block = 1, min(_ROW_TILE if quantize else _TILE, triton.next_power_of_2(width))
-        num_warps = max(1, block // 256)
+def _blocks(T: int, width: int, quantize: bool) -> tuple[tuple[int], int, int, int]:
+    """The grid, `span`, `BLOCK` and the warps, each thread of which loads 8 elements at once."""
+    block = min(_ROW_TILE if quantize else _TILE, triton.next_power_of_2(width))
     span = width if quantize else block
-    constants = {
-        "GATE_RANK": ranks[0], "UP_RANK": ranks[1],
-        "BLOCK_T": rows, "BLOCK": block, "BLOCK_R": _BLOCK_R, "num_warps": num_warps,
-    }  # fmt: skip
-    return (triton.cdiv(T, rows) * triton.cdiv(width, span),), span, constants
+    return (T * triton.cdiv(width, span),), span, block, max(1, block // 256)
 
 
-def _factors(low_rank: LowRanks) -> tuple[list[Tensor | None], list[int]]:
-    """The factors of gate's part and of up's, and their strides; their elements are neighbours."""
-    tensors = [factor for part in low_rank for factor in (part or (None, None))]
-    assert all(factor is None or factor.shape[1] == 1 or factor.stride(1) == 1 for factor in tensors)
-    return tensors, [0 if factor is None else factor.stride(0) for factor in tensors]
-
-
-def _launch_forward(gate_TI, up_TI, act_TI, act8_TI, scale_T, activation: str, low_rank: LowRanks) -> None:
+def _launch_forward(gate_TI, up_TI, act_TI, act8_TI, scale_T, activation: str) -> None:
     T, width = gate_TI.shape
     quantize = act8_TI is not None
-    grid, span, constants = _blocks(T, width, quantize, low_rank)
-    factors, strides = _factors(low_rank)
+    grid, span, block, warps = _blocks(T, width, quantize)
     with torch.cuda.device_of(gate_TI):
         _glu_forward_kernel[grid](
-            gate_TI, up_TI, act_TI, act8_TI, scale_T, *factors, gate_TI.stride(0), up_TI.stride(0), *strides,
-            T, width, span, ACTIVATION=activation, QUANTIZE=quantize, **constants,
+            gate_TI, up_TI, act_TI, act8_TI, scale_T, gate_TI.stride(0), up_TI.stride(0), width, span,
+            ACTIVATION=activation, QUANTIZE=quantize, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 
-def _launch_backward(dact_TI, gate_TI, up_TI, grads: GluGrads, activation: str, low_rank: LowRanks) -> None:
+def _launch_backward(dact_TI, gate_TI, up_TI, grads: GluGrads, activation: str) -> None:
     T, width = gate_TI.shape
     dgate_TI, dup_TI, act_TI, dgate8_TI, dgate_scale_T, dup8_TI, dup_scale_T = grads
-    grid, span, constants = _blocks(T, width, dgate8_TI is not None, low_rank)
-    factors, strides = _factors(low_rank)
+    grid, span, block, warps = _blocks(T, width, dgate8_TI is not None)
     with torch.cuda.device_of(gate_TI):
         _glu_backward_kernel[grid](
-            dact_TI, gate_TI, up_TI, dgate_TI, dup_TI, act_TI, dgate8_TI, dup8_TI, dgate_scale_T, dup_scale_T, *factors,
+            dact_TI, gate_TI, up_TI, dgate_TI, dup_TI, act_TI, dgate8_TI, dup8_TI, dgate_scale_T, dup_scale_T,
             dact_TI.stride(0), gate_TI.stride(0), up_TI.stride(0), dgate_TI.stride(0), dup_TI.stride(0),
-            0 if act_TI is None else act_TI.stride(0), 0 if dgate8_TI is None else dgate8_TI.stride(0), *strides,
-            T, width, span, ACTIVATION=activation, RECOMPUTE=act_TI is not None, QUANTIZE=dgate8_TI is not None,
-            ONE_SCALE=dgate_scale_T is dup_scale_T, **constants,
+            0 if act_TI is None else act_TI.stride(0), 0 if dgate8_TI is None else dgate8_TI.stride(0), width, span,
+            ACTIVATION=activation, RECOMPUTE=act_TI is not None, QUANTIZE=dgate8_TI is not None,
+            ONE_SCALE=dgate_scale_T is dup_scale_T, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -272,26 +182,20 @@ def _launch_backward(dact_TI, gate_TI, up_TI, grads: GluGrads, activation: str, 
 
 
 def glu_forward(
-    gate_TI: Tensor,
-    up_TI: Tensor,
-    activation: Activation,
-    *,
-    low_rank: LowRanks = (None, None),
-    quantize: bool = False,
+    gate_TI: Tensor, up_TI: Tensor, activation: Activation, *, quantize: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(act_TI, act8_TI, scale_T) with act = f(gate) * up in gate's dtype, rounded once.
 
-    gate and up have the last dimension contiguous; they may be the halves of one [T, 2I] buffer. `low_rank`: what is
-    added to gate and what to up, in fp32, before anything else. With `quantize`, act8 and scale are
-    `quantize_rows(act)`; otherwise None.
+    gate and up have the last dimension contiguous; they may be the halves of one [T, 2I] buffer. With `quantize`, act8
+    and scale are `quantize_rows(act)`; otherwise None.
     """
     if not use_kernels(gate_TI):
-        return _glu_forward_torch(gate_TI, up_TI, activation, low_rank, quantize)
+        return _glu_forward_torch(gate_TI, up_TI, activation, quantize)
     act_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
     act8_TI = torch.empty(gate_TI.shape, dtype=FP8, device=gate_TI.device) if quantize else None
     scale_T = torch.empty(gate_TI.shape[0], dtype=torch.float32, device=gate_TI.device) if quantize else None
     if act_TI.numel():
-        _launch_forward(gate_TI, up_TI, act_TI, act8_TI, scale_T, activation, low_rank)
+        _launch_forward(gate_TI, up_TI, act_TI, act8_TI, scale_T, activation)
     return act_TI, act8_TI, scale_T
 
 
@@ -301,7 +205,6 @@ def glu_backward(
     up_TI: Tensor,
     activation: Activation,
     *,
-    low_rank: LowRanks = (None, None),
     inplace: bool = True,
     recompute: bool = True,
     act_out: Tensor | None = None,
@@ -310,15 +213,14 @@ def glu_backward(
 ) -> GluGrads:
     """The gradients of gate and up, written over them if `inplace`; and `act` again with `recompute`.
 
-    gate, up and `low_rank` are those of `glu_forward`. `act_out` takes act, and may be dact. With `quantize` the
-    gradients come in FP8 too, as `quantize_rows` would give them: each contiguous and with a scale of its own, for two
-    GEMMs; or, for one GEMM over both, as the halves of `grads8_out`, a [T, 2I] buffer, under one scale a row
-    (`dgate_scale_T is dup_scale_T`).
+    `act_out` takes act, and may be dact. With `quantize` the gradients come in FP8 too, as `quantize_rows` would give
+    them: each contiguous and with a scale of its own, for two GEMMs; or, for one GEMM over both, as the halves of
+    `grads8_out`, a [T, 2I] buffer, under one scale a row (`dgate_scale_T is dup_scale_T`).
     """
     T, width = gate_TI.shape
     if not use_kernels(gate_TI):
         return _glu_backward_torch(
-            dact_TI, gate_TI, up_TI, activation, low_rank, inplace, recompute, act_out, quantize, grads8_out
+            dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, grads8_out
         )
 
     def new(shape, dtype=gate_TI.dtype):
@@ -334,7 +236,7 @@ def glu_backward(
         grads8 = new((T, width), FP8), new(T, torch.float32), new((T, width), FP8), new(T, torch.float32)
     grads = GluGrads(dgate_TI, dup_TI, act_TI, *grads8)
     if gate_TI.numel():
-        _launch_backward(dact_TI, gate_TI, up_TI, grads, activation, low_rank)
+        _launch_backward(dact_TI, gate_TI, up_TI, grads, activation)
     return grads
 
 
@@ -381,22 +283,13 @@ def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _with_low_rank(base_TI: Tensor, part: LowRank | None) -> Tensor:
-    if part is None:
-        return _precise(base_TI)
-    return matmul_fp32(part.x_TR, part.b_NR.t().to(part.x_TR.dtype)).add_(base_TI)
-
-
-def _glu_forward_torch(gate_TI, up_TI, activation, low_rank, quantize):
-    gate, up = map(_with_low_rank, (gate_TI, up_TI), low_rank)
-    act_TI = glu_reference(gate, up, activation).to(gate_TI.dtype)
+def _glu_forward_torch(gate_TI, up_TI, activation, quantize):
+    act_TI = glu_reference(_precise(gate_TI), _precise(up_TI), activation).to(gate_TI.dtype)
     return (act_TI, *quantize_rows_reference(act_TI)) if quantize else (act_TI, None, None)
 
 
-def _glu_backward_torch(
-    dact_TI, gate_TI, up_TI, activation, low_rank, inplace, recompute, act_out, quantize, grads8_out
-):
-    dact, gate, up = _precise(dact_TI), *map(_with_low_rank, (gate_TI, up_TI), low_rank)
+def _glu_backward_torch(dact_TI, gate_TI, up_TI, activation, inplace, recompute, act_out, quantize, grads8_out):
+    dact, gate, up = map(_precise, (dact_TI, gate_TI, up_TI))
     value = glu_reference(gate, torch.ones_like(gate), activation)
     if activation == "silu":
         dgate = torch.ops.aten.silu_backward(dact * up, gate)
