@@ -405,9 +405,11 @@ def _read_base(module: Any) -> Linear:
 
 def _refuse_hooks(module: nn.Module) -> None:
     """Hooks and replaced forwards of a module whose call the blocks skip would be skipped too."""
-    replaced = vars(module).get("forward")
+    own = vars(module)
+    replaced = own.get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not lora_linear_forward:
         raise NotFusable(f"the forward of a {type(module).__name__} was replaced")
-    hooks = [hook for hook in module._forward_hooks.values() if hook.__module__ != _CAPTURES_OUTPUTS]
-    if hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    hooks = own["_forward_hooks"]
+    hooks = hooks and [hook for hook in hooks.values() if hook.__module__ != _CAPTURES_OUTPUTS]
+    if hooks or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         raise NotFusable(f"a {type(module).__name__} has hooks")

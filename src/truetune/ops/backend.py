@@ -19,6 +19,16 @@ def use_kernels(tensor: Tensor) -> bool:
     return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or FORCE_KERNELS)
 
 
+def cdiv(a: int, b: int) -> int:
+    """Triton's own, made for its compiler, takes several microseconds a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below n, which is at least 1; as `cdiv`."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 where kernels are interpreted."""

@@ -9,7 +9,7 @@ Letters of tensor shapes: T rows, K columns.
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernel
@@ -44,9 +44,9 @@ def seeded_dropout(x_TK: Tensor, p: float, seed: int, *, add_TK: Tensor | None =
     T, K = x_TK.shape
     out_TK = torch.empty((T, K), dtype=x_TK.dtype, device=x_TK.device)
     if T:
-        block = min(1024, triton.next_power_of_2(K))
+        block = min(1024, next_power_of_2(K))
         with torch.cuda.device_of(x_TK):
-            _seeded_dropout_kernel[(T, triton.cdiv(K, block))](
+            _seeded_dropout_kernel[(T, cdiv(K, block))](
                 x_TK, add_TK, out_TK, x_TK.stride(0), K, seed, p, HAS_ADD=add_TK is not None, BLOCK_K=block, num_warps=4
             )
     return out_TK

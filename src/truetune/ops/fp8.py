@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import next_power_of_2, tl, triton, use_kernels
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
@@ -58,7 +58,7 @@ if triton is not None:
 
 def _launch(x_TK: Tensor, x8_TK: Tensor, scale_T: Tensor) -> None:
     T, K = x_TK.shape
-    block = min(4096, triton.next_power_of_2(K))
+    block = min(4096, next_power_of_2(K))
     with torch.cuda.device_of(x_TK):
         _quantize_rows_kernel[(T,)](
             x_TK, x8_TK, scale_T, x_TK.stride(0), K, BLOCK=block, num_warps=max(1, block // 256)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
 from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Weight, fp8_linear, fp8_linear_backward, quantize_rows
 from truetune.ops.nf4 import dequantize_nf4
@@ -74,11 +74,11 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
     block_n = 128 if N >= 128 else 64
     padding = [None] * (3 - len(adds))
     with torch.cuda.device_of(x_TR):
-        _low_rank_product_kernel[(triton.cdiv(T, 128), triton.cdiv(N, block_n))](
+        _low_rank_product_kernel[(cdiv(T, 128), cdiv(N, block_n))](
             x_TR, b_NR, *adds, *padding, out_TN, T, N,
             x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
             out_TN.stride(0),
-            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, triton.next_power_of_2(R))), BLOCK_T=128, BLOCK_N=block_n,
+            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, next_power_of_2(R))), BLOCK_T=128, BLOCK_N=block_n,
             num_warps=8,
         )  # fmt: skip
     return out_TN

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import cdiv, tl, triton, use_kernels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernel
@@ -53,7 +53,7 @@ def dequantize_nf4(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tens
     if quant_state.nested:
         nested = (quant_state.state2.code, quant_state.state2.absmax, quant_state.offset)
     with torch.cuda.device_of(packed):
-        _dequantize_kernel[(triton.cdiv(pairs, 2048),)](
+        _dequantize_kernel[(cdiv(pairs, 2048),)](
             packed, quant_state.absmax, quant_state.code, *nested, out, pairs,
             BLOCK_SIZE=quant_state.blocksize, NESTED_SIZE=quant_state.state2.blocksize if quant_state.nested else 1,
             NESTED=quant_state.nested, PAIRS=2048, num_warps=8,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.ops.backend import num_multiprocessors, tl, triton, use_kernels
+from truetune.ops.backend import next_power_of_2, num_multiprocessors, tl, triton, use_kernels
 from truetune.ops.fp8 import FP8, quantize_rows_reference
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Normed(NamedTuple):
 @cache
 def _tile(H: int, elements: int) -> tuple[int, int, int]:
     """ROWS, BLOCK_H and the warps, each thread of which holds 16 elements of a tensor."""
-    block_h = triton.next_power_of_2(H)
+    block_h = next_power_of_2(H)
     rows = max(1, elements // block_h)
     return rows, block_h, min(32, max(4, rows * block_h // 512))
 

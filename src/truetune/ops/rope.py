@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.ops.backend import num_multiprocessors, tl, triton, use_kernels
+from truetune.ops.backend import next_power_of_2, num_multiprocessors, tl, triton, use_kernels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels. A token's heads are three tiles: the two halves that are rotated, and the rest.
@@ -201,13 +201,13 @@ if triton is not None:
 def _tiles(heads: int, key_heads: int, D: int, R: int, elements: int) -> dict[str, int]:
     """The kernels' constants, with so many warps that a thread holds about `elements` of the queries, but at most 8:
     with more, a thread loads less than 4 bytes of the keys at once."""
-    half, rest = triton.next_power_of_2(R // 2), triton.next_power_of_2(max(1, D - R))
-    block_heads = triton.next_power_of_2(heads)
+    half, rest = next_power_of_2(R // 2), next_power_of_2(max(1, D - R))
+    block_heads = next_power_of_2(heads)
     return {
         "HEADS": heads, "KEY_HEADS": key_heads, "D": D, "R": R,
-        "BLOCK_HEADS": block_heads, "BLOCK_KEY_HEADS": triton.next_power_of_2(key_heads),
+        "BLOCK_HEADS": block_heads, "BLOCK_KEY_HEADS": next_power_of_2(key_heads),
         "BLOCK_HALF": half, "BLOCK_REST": rest,
-        "num_warps": min(8, max(2, triton.next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
+        "num_warps": min(8, max(2, next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Letters of tensor shapes: K rows, N rows of the result, H row length.
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
 
 if triton is not None:
 
@@ -26,10 +26,10 @@ if triton is not None:
 
 def _launch(x_KH: Tensor, scale: Tensor, rows_K: Tensor | None, out_NH: Tensor) -> None:
     K, H = x_KH.shape
-    block_h = min(4096, triton.next_power_of_2(H))
+    block_h = min(4096, next_power_of_2(H))
     block_k = 4096 // block_h
     with torch.cuda.device_of(x_KH):
-        _scale_rows_kernel[(triton.cdiv(K, block_k), triton.cdiv(H, block_h))](
+        _scale_rows_kernel[(cdiv(K, block_k), cdiv(H, block_h))](
             x_KH, rows_K, scale, out_NH, K, H,
             HAS_ROWS=rows_K is not None, BLOCK_K=block_k, BLOCK_H=block_h, num_warps=8,
         )  # fmt: skip

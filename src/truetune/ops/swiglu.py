@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truetune.ops.backend import tl, triton, use_kernels
+from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
 from truetune.ops.fp8 import FP8, quantize_rows_reference
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -147,9 +147,9 @@ class GluGrads(NamedTuple):
 
 def _blocks(T: int, width: int, quantize: bool) -> tuple[tuple[int], int, int, int]:
     """The grid, `span`, `BLOCK` and the warps, each thread of which loads 8 elements at once."""
-    block = min(_ROW_TILE if quantize else _TILE, triton.next_power_of_2(width))
+    block = min(_ROW_TILE if quantize else _TILE, next_power_of_2(width))
     span = width if quantize else block
-    return (T * triton.cdiv(width, span),), span, block, max(1, block // 256)
+    return (T * cdiv(width, span),), span, block, max(1, block // 256)
 
 
 def _launch_forward(gate_TI, up_TI, act_TI, act8_TI, scale_T, activation: str) -> None:
