@@ -65,6 +65,14 @@ def test_a_spike_is_named_and_noise_is_not():
     assert [note["kind"] for note in watch.notes] == ["loss spike"]
 
 
+def test_packs_that_are_dearer_every_time_are_no_spikes():
+    watch = Watch()
+    logged(watch, [3.0 if step % 20 == 7 else 0.5 for step in range(200)])
+    assert not watch.notes
+    logged(watch, [4.0])
+    assert [note["kind"] for note in watch.notes] == ["loss spike"]
+
+
 def test_a_learning_rate_of_zero_is_named_once():
     watch = Watch()
     logged(watch, [2.0] * 20, rate=0.0)

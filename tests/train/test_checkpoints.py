@@ -1,7 +1,10 @@
 """Checkpoints of the trainer in TRL's place: a half-written one is never gone on from."""
 
 import pytest
+import transformers
+from torch.nn.modules.module import _IncompatibleKeys
 
+from pairs import llama
 from truetune.train.checkpoints import checkpoint_step
 from truetune.train.errors import TrainError
 
@@ -31,3 +34,15 @@ def test_a_save_over_an_earlier_checkpoint_is_not_taken_for_it(make, tmp_path, m
     with pytest.raises(ZeroDivisionError):
         again.train()
     assert checkpoint_step(tmp_path / "run" / "checkpoint-1") is None
+
+
+def test_a_tied_weight_is_not_called_missing_and_a_lost_one_is(make, tokenizer, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", warned.append)
+    fields = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(fields, model=llama(tokenizer, tie_word_embeddings=True))
+    trainer.train()
+    trainer._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-1"))
+    assert not any("missing keys" in text for text in warned)
+    trainer._issue_warnings_after_load(_IncompatibleKeys(["lm_head.weight", "model.norm.weight"], []))
+    assert warned[-1] == "There were missing keys in the checkpoint model loaded: ['model.norm.weight']."

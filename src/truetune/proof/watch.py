@@ -27,7 +27,8 @@ KEPT_BATCHES = 256  # micro-batches since the last log
 KEPT_NAMES = ("input_ids", "labels", "position_ids", "attention_mask", "cu_seq_lens_q")
 HISTORY, ENOUGH = 64, 16  # logged losses that a spike is judged by
 SPIKE = 8.0  # times the usual deviation, and at least
-SPIKE_SHARE = 0.2  # of the usual loss
+SPIKE_SHARE = 0.2  # of the usual loss, and
+ABOVE_ALL = 1.25  # times the largest: packs of one kind of task may be dearer every time
 DEAD_LOGS = 5
 
 
@@ -94,7 +95,8 @@ class Watch(TrainerCallback):
         if len(self.losses) >= ENOUGH:
             usual = statistics.median(self.losses)
             deviation = statistics.median(abs(value - usual) for value in self.losses)
-            if loss - usual > max(SPIKE * deviation, SPIKE_SHARE * usual):
+            unusual = loss - usual > max(SPIKE * deviation, SPIKE_SHARE * usual)
+            if unusual and loss > ABOVE_ALL * max(self.losses):
                 self._note(state, "loss spike", f"{loss:.4g}, where {usual:.4g} was usual")
         self.losses.append(loss)
 

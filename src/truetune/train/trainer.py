@@ -281,6 +281,14 @@ class SFTTrainer(trl.SFTTrainer):
         if self._ours and not isinstance(self.model, PeftModel):
             load_other_names(self.model if model is None else model, Path(resume_from_checkpoint))
 
+    def _issue_warnings_after_load(self, load_result):
+        """Transformers', but not of a tied weight, which a checkpoint holds once."""
+        missing = set(load_result.missing_keys)
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+        lost = [name for name in load_result.missing_keys if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # each rank has written its own
