@@ -1,5 +1,6 @@
 """While it runs: a loss that is not finite stops with its batches, and what is strange is named."""
 
+import itertools
 import json
 import types
 
@@ -129,7 +130,10 @@ def test_a_leak_is_named_in_the_log_and_in_the_proof(make, tmp_path, caplog):
     trainer.train()
     assert kinds(trainer).count("host memory grows") == 1
     (message,) = [record.getMessage() for record in caplog.records if "host memory grows" in record.getMessage()]
-    assert "the process's memory grew from" in message and "something keeps what each step makes" in message
+    assert (
+        "the memory of the process and its workers grew from" in message
+        and "something keeps what each step makes" in message
+    )
     notes = json.loads((tmp_path / "out" / "proof.json").read_text())["notes"]
     assert "host memory grows" in [note["kind"] for note in notes]
 
@@ -172,6 +176,29 @@ def test_memory_of_files_is_not_counted(tmp_path):
     assert process_bytes() - before < 16 * 2**20
     kept = torch.ones(16 * 2**20)
     assert process_bytes() - before > 48 * 2**20, kept.shape
+
+
+class _Hoarding(torch.utils.data.Dataset):
+    """Keeps 4 MiB a row, in whichever process reads it."""
+
+    def __init__(self):
+        self.kept = []
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        self.kept.append(torch.ones(2**20))
+        return row
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_workers_of_a_data_loader_keep_is_counted(workers):
+    rows = iter(torch.utils.data.DataLoader(_Hoarding(), batch_size=None, num_workers=workers))
+    assert next(rows) == 0
+    before = process_bytes()
+    assert list(itertools.islice(rows, 30)) == list(range(1, 31))
+    assert process_bytes() - before > 24 * 4 * 2**20  # a few rows are read ahead
 
 
 @pytest.fixture

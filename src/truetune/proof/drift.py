@@ -3,6 +3,7 @@
 Fed where the trainer logs, when the device has been waited for anyway; nothing here asks it for anything.
 """
 
+import multiprocessing
 import statistics
 from collections import deque
 from itertools import pairwise
@@ -102,10 +103,18 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def process_bytes() -> int | None:
-    """Bytes of this process that are its own: files mapped into it, such as the data, are not counted. Linux alone."""
+    """Bytes of this process and of its data loaders' workers that are their own: files mapped into them, such as the
+    data, are not counted; what a worker shares since its fork is counted in each. Linux alone."""
+    own = _anonymous_bytes("self")
+    if own is None:
+        return None
+    return own + sum(_anonymous_bytes(worker.pid) or 0 for worker in multiprocessing.active_children())
+
+
+def _anonymous_bytes(process: int | str | None) -> int | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # no Linux, or a worker that is gone
         return None
     kilobytes = next((line.split()[1] for line in lines if line.startswith("RssAnon:")), None)
     return None if kilobytes is None else int(kilobytes) * 1024

@@ -41,7 +41,10 @@ class Watch(TrainerCallback):
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.still = 0
         self.throughput = Throughput()
-        self.memory = {"device memory": Climb("device memory"), "host memory": Climb("the process's memory")}
+        self.memory = {
+            "device memory": Climb("device memory"),
+            "host memory": Climb("the memory of the process and its workers"),
+        }
         self.logged: tuple[int, float, float] | None = None  # step, tokens and time of the last log
         self.notes: list[dict[str, Any]] = []
 
