@@ -90,7 +90,10 @@ def run_apart(system: str, length: int, options: argparse.Namespace) -> dict | N
         return None
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
-        print(f"{system} {length:,} tokens: {done.stderr.strip().splitlines()[-1][:300]}", flush=True)
+        last = (
+            "killed, for the host's memory perhaps" if done.returncode == -9 else done.stderr.strip().splitlines()[-1]
+        )
+        print(f"{system} {length:,} tokens: {last[:300]}", flush=True)
         return None
     result = json.loads(found[-1].removeprefix("RESULT "))
     print(f"{system} {length:,} tokens: {result['peak_gib']:.2f} GiB, {result['seconds']:.1f} s", flush=True)

@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
         self.throughput = Throughput()
         self.memory = {
             "device memory": Climb("device memory"),
-            "host memory": Climb("the memory of the process and its workers"),
+            "host memory": Climb("the process's memory"),
         }
         self.logged: tuple[int, float, float] | None = None  # step, tokens and time of the last log
         self.notes: list[dict[str, Any]] = []
