@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from truetune.data.collate import UnpaddingCollator, collate_documents, loss_rows, unpad, why_padded
 
@@ -140,6 +141,25 @@ def test_other_entries_go_along_and_the_collator_travels_to_workers():
 
 def add_source(lengths):
     return {**padded(lengths), "source": "chats"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_become_the_same_batch_by_way_of_arrays(packed):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [9, 10, 11], "labels": [-100] * 3}]
+    if packed:
+        rows = [row | {"seq_lengths": [2, len(row["input_ids"]) - 2]} for row in rows]
+    collate = DataCollatorForLanguageModeling(0, return_position_ids=packed)
+    expected, found = (UnpaddingCollator(collate, reads_lists)(rows) for reads_lists in (False, True))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, found[name]) and value.dtype == found[name].dtype
+        else:
+            assert value == found[name]
+    odd = [{"input_ids": [True, False], "labels": [1.0, 2.0]}]
+    seen = []
+    UnpaddingCollator(lambda features: seen.extend(features) or padded([2]), True)(odd)
+    assert seen == odd  # what torch.tensor would read otherwise stays a list
 
 
 def test_loss_rows_never_reach_into_the_next_row():

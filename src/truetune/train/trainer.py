@@ -18,6 +18,7 @@ import trl
 from peft import PeftModel
 from rich.console import Console
 from transformers.trainer_utils import has_length
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from truetune.data.collate import UnpaddingCollator, remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, base_model, cast_adapters_to_activations
@@ -343,7 +344,8 @@ class SFTTrainer(trl.SFTTrainer):
         collator, loaders = self.data_collator, self.accelerator.dataloader_config
         dispatch = loaders.dispatch_batches
         if wanted and self._ours and self._unpadding_off is None:
-            self.data_collator, loaders.dispatch_batches = UnpaddingCollator(collator), False
+            reads_lists = type(collator) is DataCollatorForLanguageModeling
+            self.data_collator, loaders.dispatch_batches = UnpaddingCollator(collator, reads_lists), False
         try:
             yield
         finally:
