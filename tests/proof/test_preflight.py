@@ -167,6 +167,8 @@ def test_the_proof_lies_beside_the_result_with_the_receipt(make):
     trainer = make(preflight="quick")
     trainer.train()
     proof = json.loads((Path(trainer.args.output_dir) / "proof.json").read_text())
+    assert set(proof["durations"]) >= {"weights", "leak probe", "reference parity"}
+    assert 0 < sum(proof["durations"].values()) <= proof["seconds"] + 0.1
     found = {check["name"]: check for check in proof["checks"]}
     assert proof["passed"]
     assert found["trained tensors"]["verdict"] == found["frozen tensors"]["verdict"] == "pass"

@@ -54,7 +54,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
             return
         found: Check | Sequence[Check] | None
         out_of_memory: Check | None = None
-        whole = False
+        whole, since = False, time.perf_counter()
         try:
             with untouched(trainer.model):
                 found = check()
@@ -71,6 +71,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
         several = [] if found is None else [found] if isinstance(found, Check) else found
         several = [accepted(check, allow) for check in several]
         proof.checks += several
+        proof.durations[name] = round(time.perf_counter() - since, 3)
         if whole:
             made[name] = several
 

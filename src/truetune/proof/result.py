@@ -34,10 +34,14 @@ class Check:
 
 @dataclass
 class Proof:
-    """All checks of a run, in the order in which they ran. `notes`: what was noticed while it ran."""
+    """All checks of a run, in the order in which they ran. `notes`: what was noticed while it ran.
+
+    `seconds` all of them took; `durations` each took that was made, by the name of the first that it gives.
+    """
 
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
+    durations: dict[str, float] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
