@@ -241,8 +241,10 @@ def unfused(trainer: Any) -> Iterator[None]:
         unfuse(model)
     if ours:
         try:
-            set_text_attention(base, "sdpa")
-        except ValueError:  # softcaps and sinks
+            # Gemma 2 says in Transformers 5.17 that it supports sdpa, which leaves out its softcap.
+            capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+            set_text_attention(base, "eager" if capped else "sdpa")
+        except ValueError:  # sinks
             set_text_attention(base, "eager")
     try:
         yield
