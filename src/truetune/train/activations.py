@@ -218,8 +218,9 @@ class Activations:
             return None
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
+        total = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
         ours, used = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
-        available = self._over_ranks(free + ours, torch.distributed.ReduceOp.MIN)
+        available = self._over_ranks(min(free + ours, total), torch.distributed.ReduceOp.MIN)
         # Whatever else lies on the device is counted with the weights.
         weights = self._over_ranks(used, torch.distributed.ReduceOp.MAX)
         self.memory = replace(self.memory, model=replace(self.memory.model, weights=weights))
