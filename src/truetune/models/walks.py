@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-
 _PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `parameters` asks
 
 
