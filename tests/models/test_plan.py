@@ -269,6 +269,15 @@ def test_the_advice_works(llama_8b):
     assert "qlora" in advice("auto", llama_8b, Room(10 * GIB, 0), RATES, 4, 4096)
 
 
+@pytest.mark.parametrize("policy", ["auto", "lean"])
+def test_the_advice_does_not_fill_the_host(llama_8b, policy):
+    room, few = Room(round(16.5 * GIB), 0), replace(RATES, host_bytes=GIB)
+    for memory in (llama_8b, replace(llama_8b, tokens=65536)):
+        text = advice(policy, memory, room, few, 1, memory.tokens)
+        smaller = replace(memory, tokens=int(text.rsplit(" ", 1)[1]))
+        assert room.fits(smaller, choose(policy, smaller, room, few))
+
+
 # -- what the host's layers have on the device ------------------------------------------------------------------------
 
 
