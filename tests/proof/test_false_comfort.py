@@ -47,6 +47,7 @@ def test_a_schedule_that_moves_nothing_is_named(make, fields, words):
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "max_steps": 50},
         {"weight_decay": 0.1, "max_steps": 10_000}, {"optim": "adafactor", "max_grad_norm": 1e-8},
         {"max_steps": -1, "num_train_epochs": 0.1},
+        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 10, "max_steps": 100_000},
     ],
     ids=str,
 )  # fmt: skip
