@@ -6,10 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DataCollatorForLanguageModeling,
+)
 
 from truetune import run
 from truetune.data import limits
+from truetune.proof.embeddings import check_tied_head
 from truetune.proof.errors import ProofError
 from truetune.proof.generation_prompt import generation_prompt
 from truetune.recipe import load_recipe
@@ -254,6 +260,17 @@ def test_a_tied_head_that_would_not_be_saved_is_named(make):
     assert "would be random when it is loaded" in said(trainer, "tied head")
     trainer.model.lm_head.weight = torch.nn.Parameter(trainer.model.lm_head.weight.detach().clone())
     assert not said(trainer, "tied head")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["mistral3", "idefics3", "qwen2_vl", "gemma3"])
+def test_a_vision_model_says_itself_whether_its_head_is_tied(model_type, tied):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, tie_word_embeddings=tied))
+    assert check_tied_head(model) is None
+    if tied:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        assert check_tied_head(model).verdict == "fail"
 
 
 def test_an_adapter_on_an_embedding_that_is_tied_is_named(make):
