@@ -151,6 +151,16 @@ def test_turns_of_a_chat_are_the_assistants(make, tokenizer, chats, assistant_on
     assert not said(make(preflight="quick", rows=begun), "turn starts")
 
 
+@pytest.mark.parametrize("begins", ["assistant", "user"])
+def test_chats_that_begin_with_the_same_greeting_are_sound(make, tokenizer, chats, begins):
+    tokenizer.chat_template = MASKED.replace("ROLE", "assistant")
+    hello, greeting = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! How can I help?"}
+    begun = [hello, greeting] if begins == "user" else [greeting]
+    rows = [{"messages": begun + chat["messages"][i : i + 2]} for chat in chats for i in (0, 2)]
+    trainer = make(preflight="quick", rows=rows, assistant_only_loss=True, max_length=512)
+    assert len(rows) >= 16 and not said(trainer, "answers")
+
+
 @pytest.mark.parametrize(
     "template",
     [
