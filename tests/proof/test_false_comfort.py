@@ -1,6 +1,7 @@
 """Runs that would teach nothing, or something else, and of which every number looks right."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from truetune.data import limits
 from truetune.proof.embeddings import check_tied_head
 from truetune.proof.errors import ProofError
 from truetune.proof.generation_prompt import generation_prompt
+from truetune.proof.preflight import audit_batches
+from truetune.proof.supervision import Limits
 from truetune.recipe import load_recipe
 
 
@@ -319,3 +322,14 @@ def test_a_stream_is_audited_after_the_first_steps(make, pairs):
     trainer.train()
     (check,) = [check for check in trainer.proof.checks if check.name == "answers"]
     assert check.verdict == "warn" and check.seen.endswith("(of the first steps)")
+
+
+def test_the_audit_of_the_first_steps_takes_what_collators_and_processors_give(make, tokenizer):
+    trainer = make(preflight="quick")
+    batch = trainer.first_batch()
+    trainer.processing_class = types.SimpleNamespace(tokenizer=tokenizer)
+    checks = audit_batches(trainer, [batch], "quick", Limits())
+    assert {"labels", "turn ends", "token rows"} <= {check.name for check in checks}
+    del batch["labels"]
+    (check,) = audit_batches(trainer, [batch], "quick", Limits())
+    assert check.verdict == "warn" and check.seen.startswith("not run: KeyError")

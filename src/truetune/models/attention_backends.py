@@ -353,7 +353,7 @@ def _let_it_keep_what_it_compiles() -> None:
             os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or cache_directory() / "flash-attention-4"
         )
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # nobody's home
+    except (OSError, RuntimeError):  # the user has no home
         return
     if os.access(directory, os.W_OK):
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
