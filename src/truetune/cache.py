@@ -6,4 +6,4 @@ from pathlib import Path
 
 def cache_directory() -> Path:
     """Of this user, for all of truetune; XDG_CACHE_HOME moves it."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "truetune"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "truetune"

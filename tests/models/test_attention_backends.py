@@ -1,5 +1,9 @@
 """Every backend attends within documents, within the rounding of plain attention, and the best that can is chosen."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
@@ -164,3 +168,32 @@ def test_no_backend_moves_a_document_when_its_neighbours_change(backend, window,
         outs = [backend.attend(*qkv, Documents(cu_seq_lens, max(lengths)), scores) for qkv in (first, second)]
     assert torch.equal(outs[0][kept], outs[1][kept])
     assert not torch.equal(outs[0][:200], outs[1][:200])
+
+
+FLASH_ATTENTION_4 = """
+import os
+from pathlib import Path
+
+if os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "1":
+    Path(os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+flash_attn_varlen_func = None
+"""
+
+
+@pytest.mark.parametrize("home", ["writable", "a file", "none"])
+def test_flash_attention_4_is_had_where_nothing_can_be_kept(tmp_path, monkeypatch, home):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text(FLASH_ATTENTION_4)
+    (tmp_path / "a file").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path / home)})
+    if home == "none":
+        del os.environ["XDG_CACHE_HOME"]
+        monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    find = attention_backends._why_not_importable.__wrapped__
+    assert find("flash_attn.cute", "flash_attn_varlen_func") is None
+    assert ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" in os.environ) == (home == "writable")
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name)

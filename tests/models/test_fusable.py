@@ -237,6 +237,34 @@ def test_parameters_are_found_in_pytorchs_order_each_once(tied):
     assert not {"parameters", "zero_grad"} & set(vars(model))
 
 
+@pytest.mark.parametrize("name", ["parameters", "named_parameters"])
+def test_a_class_that_has_its_own_parameters_keeps_them(name):
+    def without_embedding(self, *args, **kwargs):
+        found = getattr(torch.nn.Module, name)(self, *args, **kwargs)
+        frozen = self.get_input_embeddings().weight
+        return (one for one in found if (one if name == "parameters" else one[1]) is not frozen)
+
+    model = make("qwen3")
+    model.__class__ = type("Own", (type(model),), {name: without_embedding})
+    expected = list(model.parameters())
+    frozen = model.get_input_embeddings().weight
+    frozen.grad = torch.ones_like(frozen)
+    fuse(model)
+    assert all(a is b for a, b in zip(model.parameters(), expected, strict=True))
+    model.zero_grad()
+    assert frozen.grad is not None
+
+
+@pytest.mark.parametrize("name", ["train", "zero_grad", "parameters"])
+def test_what_somebody_else_bound_to_a_model_stays(name):
+    model = make("qwen3")
+    own = getattr(model, name)
+    setattr(model, name, own)
+    fuse(model)
+    unfuse(model)
+    assert vars(model)[name] is own
+
+
 def test_generation_with_a_cache_is_the_same_fused_and_not():
     model = make("qwen3").eval()
     prompt = torch.randint(3, 199, (2, 7))

@@ -1,7 +1,9 @@
 """The memory model is what blocks really save; the choice made from it fits, and is the fastest that does."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from truetune.models.memory import (
     saved_tensors,
     why_not_planned,
 )
+from truetune.models.offload import HostMemory, _Saved, on_device
 from truetune.models.plan import (
     ActivationPlan,
     Rates,
@@ -32,6 +35,7 @@ from truetune.models.plan import (
     load_plan,
     set_activations,
 )
+from truetune.models.rates import _left_of_container
 
 GIB = 2**30
 FAMILIES = [name for name in MODELS if name != "qwen3_moe"]
@@ -264,6 +268,83 @@ def test_the_advice_works(llama_8b):
     assert advice("keep", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
     assert advice("runs/a/activation_plan.json", llama_8b, ROOMS[5], RATES, 4, 4096) == "set activation_policy to auto"
     assert "qlora" in advice("auto", llama_8b, Room(10 * GIB, 0), RATES, 4, 4096)
+
+
+@pytest.mark.parametrize("policy", ["auto", "lean"])
+def test_the_advice_does_not_fill_the_host(llama_8b, policy):
+    room, few = Room(round(16.5 * GIB), 0), replace(RATES, host_bytes=GIB)
+    for memory in (llama_8b, replace(llama_8b, tokens=65536)):
+        text = advice(policy, memory, room, few, 1, memory.tokens)
+        smaller = replace(memory, tokens=int(text.rsplit(" ", 1)[1]))
+        assert room.fits(smaller, choose(policy, smaller, room, few))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_is_not_filled(tmp_path, version):
+    names = ("memory.max", "memory.current", "file") if version == 2 else (
+        "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "cache")  # fmt: skip
+    limit, used, cache = names
+    assert _left_of_container(tmp_path) == float("inf")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{8 * GIB}\n")
+    (tmp_path / used).write_text(f"{3 * GIB}\n")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon {GIB}\n{cache} {GIB}\n")
+    assert _left_of_container(tmp_path) == 6 * GIB
+    (tmp_path / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    assert _left_of_container(tmp_path) > 2**62
+
+
+# -- what the host's layers have on the device ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", ["hhhh", "hhkk", "kkhh", "hkhk", "khkhk", "kkkk", "hkkkhk"])
+def test_what_is_on_the_device_on_its_way_is_counted(mix, monkeypatch):
+    """`HostMemory` itself is asked, with the CPU in the device's place."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: MagicMock())
+    host = HostMemory(torch.device("cpu"))
+    sizes = [(100 + i) * (kind == "h") for i, kind in enumerate(mix)]
+
+    def there() -> int:
+        saved = [saved for layer in host._layers.values() for saved in layer.saved.values()]
+        return sum(one.device_data.numel() for one in saved if one.device_data is not None)
+
+    forward, backward, packed = [], [], {}
+    for i, size in enumerate(sizes):
+        with host.saving(i) if size else nullcontext():
+            if size:
+                data = torch.zeros(size, dtype=torch.uint8)
+                host._layers[i].saved[0, size] = _Saved(data, data.clone(), data.clone(), MagicMock())
+                packed[i] = host._layers[i], i, (0, size), torch.uint8, data.shape
+            forward.append(there())
+    head = there()
+    for i in reversed(range(len(mix))):
+        if i in packed:
+            host._unpack(packed[i])
+        backward.append(there())
+    counted = on_device(sizes)
+    assert (counted.forward, counted.head, counted.after) == (forward, head, there())
+    assert counted.backward == backward[::-1]
+
+
+def test_layers_that_keep_theirs_behind_those_on_the_host_have_their_bytes_beside_them(llama_8b):
+    mix = ("lean",) * 16 + ("keep",) * 16
+    size = llama_8b.of_layers(mix)[15].host
+    saved = sum(layer.device for layer in llama_8b.of_layers(mix))
+    head = llama_8b.held + saved + size + max(llama_8b.head().values())
+    assert size and llama_8b.moments(mix)["head"] == head
+
+
+@pytest.mark.parametrize("correction", [0.8, 1.2])
+def test_terms_sum_to_the_peak_wherever_it_is(llama_8b, correction):
+    full = replace(llama_8b.model, gradients=llama_8b.model.weights)
+    for memory in (llama_8b, replace(llama_8b, model=full, tokens=256), replace(llama_8b, model=full, tokens=65536)):
+        for choice in ("keep", "lean", "offload"):
+            corrected = replace(memory, correction=correction)
+            terms = corrected.terms((choice,) * 32)
+            assert sum(terms.values()) == corrected.peak((choice,) * 32)
+            assert min(terms.values()) >= 0
 
 
 # -- saved plans

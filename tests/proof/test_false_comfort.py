@@ -1,17 +1,26 @@
 """Runs that would teach nothing, or something else, and of which every number looks right."""
 
 import json
+import types
 
 import pytest
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DataCollatorForLanguageModeling,
+)
 
 from truetune import run
 from truetune.data import limits
+from truetune.proof.embeddings import check_tied_head
 from truetune.proof.errors import ProofError
 from truetune.proof.generation_prompt import generation_prompt
+from truetune.proof.preflight import audit_batches
+from truetune.proof.supervision import Limits
 from truetune.recipe import load_recipe
 
 
@@ -47,6 +56,7 @@ def test_a_schedule_that_moves_nothing_is_named(make, fields, words):
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "max_steps": 50},
         {"weight_decay": 0.1, "max_steps": 10_000}, {"optim": "adafactor", "max_grad_norm": 1e-8},
         {"max_steps": -1, "num_train_epochs": 0.1},
+        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 10, "max_steps": 100_000},
     ],
     ids=str,
 )  # fmt: skip
@@ -142,6 +152,16 @@ def test_turns_of_a_chat_are_the_assistants(make, tokenizer, chats, assistant_on
     begun = [{"prompt": [*chat["messages"][:1], {"role": "assistant", "content": "I"}],
               "completion": [{"role": "assistant", "content": " say four"}]} for chat in chats]  # fmt: skip
     assert not said(make(preflight="quick", rows=begun), "turn starts")
+
+
+@pytest.mark.parametrize("begins", ["assistant", "user"])
+def test_chats_that_begin_with_the_same_greeting_are_sound(make, tokenizer, chats, begins):
+    tokenizer.chat_template = MASKED.replace("ROLE", "assistant")
+    hello, greeting = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! How can I help?"}
+    begun = [hello, greeting] if begins == "user" else [greeting]
+    rows = [{"messages": begun + chat["messages"][i : i + 2]} for chat in chats for i in (0, 2)]
+    trainer = make(preflight="quick", rows=rows, assistant_only_loss=True, max_length=512)
+    assert len(rows) >= 16 and not said(trainer, "answers")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,17 @@ def test_a_tied_head_that_would_not_be_saved_is_named(make):
     assert not said(trainer, "tied head")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["mistral3", "idefics3", "qwen2_vl", "gemma3"])
+def test_a_vision_model_says_itself_whether_its_head_is_tied(model_type, tied):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, tie_word_embeddings=tied))
+    assert check_tied_head(model) is None
+    if tied:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        assert check_tied_head(model).verdict == "fail"
+
+
 def test_an_adapter_on_an_embedding_that_is_tied_is_named(make):
     adapter = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
     assert "merging it changes the other" in said(
@@ -291,3 +322,14 @@ def test_a_stream_is_audited_after_the_first_steps(make, pairs):
     trainer.train()
     (check,) = [check for check in trainer.proof.checks if check.name == "answers"]
     assert check.verdict == "warn" and check.seen.endswith("(of the first steps)")
+
+
+def test_the_audit_of_the_first_steps_takes_what_collators_and_processors_give(make, tokenizer):
+    trainer = make(preflight="quick")
+    batch = trainer.first_batch()
+    trainer.processing_class = types.SimpleNamespace(tokenizer=tokenizer)
+    checks = audit_batches(trainer, [batch], "quick", Limits())
+    assert {"labels", "turn ends", "token rows"} <= {check.name for check in checks}
+    del batch["labels"]
+    (check,) = audit_batches(trainer, [batch], "quick", Limits())
+    assert check.verdict == "warn" and check.seen.startswith("not run: KeyError")

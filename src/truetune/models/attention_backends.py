@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -331,9 +332,8 @@ class Backend:
 
 @functools.cache
 def _why_not_importable(module: str, function: str) -> str | None:
-    if module == "flash_attn.cute":  # keeps what it compiles, seven seconds for an 8B model's shapes, if asked to
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention-4"))
+    if module == "flash_attn.cute":
+        _let_it_keep_what_it_compiles()
     try:
         found = hasattr(importlib.import_module(module), function)
     except ModuleNotFoundError:
@@ -341,6 +341,23 @@ def _why_not_importable(module: str, function: str) -> str | None:
     except Exception as error:  # an optional package that is broken in whatever way must not stop a run
         return f"it cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None if found else "it is not installed"
+
+
+def _let_it_keep_what_it_compiles() -> None:
+    """FlashAttention-4, which takes seven seconds for an 8B model's shapes.
+
+    Asked to, it makes the directory when it is imported: where that fails, so would the import.
+    """
+    try:
+        directory = Path(
+            os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or cache_directory() / "flash-attention-4"
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the user has no home
+        return
+    if os.access(directory, os.W_OK):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(directory)
 
 
 FLOATS = (*HALF, torch.float32)

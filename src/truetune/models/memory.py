@@ -20,7 +20,7 @@ from truetune.models.adapters import base_model
 from truetune.models.blocks import RECOMPUTED_ROWS
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.fuse import decoder_layers
-from truetune.models.offload import SMALLEST, pinned_bytes
+from truetune.models.offload import SMALLEST, on_device, pinned_bytes
 from truetune.ops.linear_cross_entropy import _chunk_rows
 
 FP32 = 4
@@ -396,40 +396,39 @@ class StepMemory:
 
     def moments(self, choices: Sequence[str]) -> dict[str, int]:
         """The bytes at each moment of the step that can be its peak."""
+        return {name: self.held + round(self.correction * size) for name, (size, _) in self._passing(choices).items()}
+
+    def _passing(self, choices: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """At each moment: the bytes that are not held, and those of them that are on their way to or from the host."""
         layers = self.of_layers(choices)
         new = not self.accumulates  # gradients appear layer by layer, or are there from the micro-batch before
         head = self.head()
-        saved, in_forward = 0, 0
-        for i, layer in enumerate(layers):
+        moving = on_device([layer.host for layer in layers])
+        saved, in_forward, in_backward = 0, (0, 0), (0, 0)
+        for layer, leaving in zip(layers, moving.forward, strict=True):
             saved += layer.device
-            # The host's copies of a layer are awaited when the layer after it is done.
-            leaving = layer.host + (layers[i - 1].host if i else 0)
-            in_forward = max(in_forward, saved + leaving + layer.forward)
-        at_head = saved + sum(layer.host for layer in layers[-1:]) + max(head.values())
+            in_forward = max(in_forward, (saved + leaving + layer.forward, leaving))
+        at_head = saved + moving.head + max(head.values())
         gradients = head["gradients kept"] if new else 0
-        in_backward = 0
-        for i in reversed(range(len(layers))):
-            layer = layers[i]
+        for layer, around in zip(reversed(layers), reversed(moving.backward), strict=True):
             if new:
                 gradients += layer.gradients
-            around = sum(near.host for near in layers[max(0, i - 1) : i + 1])  # the one before is fetched already
             fresh = layer.gradients * self.accumulates
             mlp = saved + layer.mlp_backward
             attention = saved - layer.mlp + layer.attention_backward
-            in_backward = max(in_backward, around + gradients + fresh + max(mlp, attention))
+            in_backward = max(in_backward, (around + gradients + fresh + max(mlp, attention), around))
             saved -= layer.device
         embedding = self.model.embedding_gradient * self.model.head * self.model.hidden
         first = self.model.residual * self.model.hidden * self.tokens
         all_gradients = self.model.gradients * new
-        in_embedding = all_gradients + first + embedding * (self.accumulates + self.model.tied)
-        passing = {
+        in_embedding = all_gradients + first + embedding * (self.accumulates + self.model.tied) + moving.after
+        return {
             "forward pass": in_forward,
-            "head": at_head,
+            "head": (at_head, moving.head),
             "backward pass": in_backward,
-            "embedding's gradient": in_embedding,
-            "optimizer step": all_gradients + self.optimizer_step,
+            "embedding's gradient": (in_embedding, moving.after),
+            "optimizer step": (all_gradients + self.optimizer_step + moving.after, moving.after),
         }
-        return {name: self.held + round(self.correction * size) for name, size in passing.items()}
 
     def head(self, gradients: bool = True) -> dict[str, int]:
         """The bytes of final norm, head and loss, forward and backward; every row of the batch is supervised."""
@@ -470,13 +469,14 @@ class StepMemory:
         terms = {
             "weights": model.weights,
             "optimizer state": self.optimizer,
-            "gradients": model.gradients * (self.accumulates or at in ("embedding's gradient", "optimizer step")),
+            "gradients": model.gradients * self.accumulates,
             "DDP buckets": model.gradients * self.buckets,
         }
         if at in ("forward pass", "head", "backward pass"):
             terms["saved activations"] = round(self.correction * sum(layer.device for layer in layers))
-            leaving = max((layer.host for layer in layers), default=0)
-            terms["on their way to or from the host"] = round(self.correction * 2 * leaving)
+        elif not self.accumulates:
+            terms["gradients"] = round(self.correction * model.gradients)
+        terms["on their way to or from the host"] = round(self.correction * self._passing(choices)[at][1])
         passing = moments[at] - sum(terms.values())
         if passing < 0:  # a peak before all is saved
             terms["saved activations"] += passing

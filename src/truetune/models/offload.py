@@ -5,7 +5,7 @@ parameter, is copied to pinned host memory on a stream of its own, bit for bit, 
 asks for it; by then the copy has been under way since the backward pass of the layer after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,36 @@ SMALLEST = 2**23  # bytes; smaller ones (rotary tables, which all layers share; 
 def pinned_bytes(num_bytes: int) -> int:
     """What a buffer of so many bytes takes: the next power of two."""
     return 1 << (num_bytes - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Bytes of the host's layers that are on the device: in each layer's forward pass, at the head, in each layer's
+    backward pass, and after it."""
+
+    forward: list[int]
+    head: int
+    backward: list[int]
+    after: int
+
+
+def on_device(host: Sequence[int]) -> OnDevice:
+    """What `HostMemory` has there, of layers that put `host` bytes out; 0 for those that it never sees.
+
+    A layer's bytes leave when the next of its layers is done, and come back with those of the one before it.
+    """
+    before, after = [0], [0]
+    for size in host:
+        before.append(size or before[-1])
+    for size in reversed(host):
+        after.append(size or after[-1])
+    after.reverse()
+    return OnDevice(
+        forward=[a + b for a, b in zip(before, host, strict=False)],
+        head=before[-1],
+        backward=[a + b for a, b in zip(before, after[:-1], strict=False)],
+        after=after[0],
+    )
 
 
 @dataclass(eq=False)

@@ -36,10 +36,8 @@ POLICIES = ("auto", "keep", "lean", "offload")
 MARGIN = 0.06  # of the device: what other libraries take, and what the plan does not know
 FRAGMENTATION = 0.03  # of all that is not held: what the allocator cannot use of its blocks
 SHARED = 0.03  # of a copy's time is lost to the layer that it hides behind: both use the device's memory
-PINNED_BY_AUTO, PINNED_BY_NAME = (
-    0.5,
-    0.8,
-)  # of the host's memory, at most: where auto chooses, and where lean was asked for
+PINNED_BY_AUTO = 0.5  # of the host's memory, at most, where auto chooses
+PINNED_BY_NAME = 0.8  # and where another policy was asked for
 GIB = 2**30
 
 
@@ -192,9 +190,8 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
     """
     best: tuple[float, tuple[str, ...]] | None = None
     leanest: tuple[int, tuple[str, ...]] | None = None
-    share = PINNED_BY_AUTO if policy == "auto" else PINNED_BY_NAME
     for choices in dict.fromkeys(mixes(policy, len(memory.model.layers), rates.host_bytes > 0)):
-        if sum(layer.pinned for layer in memory.of_layers(choices)) > share * rates.host_bytes:
+        if not _host_takes(policy, memory, choices, rates):
             continue
         needed = room.needed(memory, choices)
         if leanest is None or needed < leanest[0]:
@@ -208,6 +205,11 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
     return leanest[1] if leanest is not None else ("checkpoint",) * len(memory.model.layers)
 
 
+def _host_takes(policy: str, memory: StepMemory, choices: Sequence[str], rates: Rates) -> bool:
+    share = PINNED_BY_AUTO if policy == "auto" else PINNED_BY_NAME
+    return sum(layer.pinned for layer in memory.of_layers(choices)) <= share * rates.host_bytes
+
+
 def advice(policy: str, memory: StepMemory, room: Room, rates: Rates, batch_size: int, length: int) -> str:
     """What to lower, and to what, so that a micro-batch of `batch_size` rows of `length` tokens fits."""
 
@@ -215,7 +217,8 @@ def advice(policy: str, memory: StepMemory, room: Room, rates: Rates, batch_size
 
     def fits(tokens: int, policy: str = policy) -> bool:
         smaller = replace(memory, tokens=tokens)
-        return any(room.fits(smaller, mix) for mix in mixes(policy, layers, has_host) if len(set(mix)) == 1)
+        uniform = (mix for mix in mixes(policy, layers, has_host) if len(set(mix)) == 1)
+        return any(room.fits(smaller, mix) and _host_takes(policy, smaller, mix, rates) for mix in uniform)
 
     if policy not in ("auto", "lean") and fits(memory.tokens, "auto"):
         return "set activation_policy to auto"

@@ -10,15 +10,21 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
+_PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `parameters` asks
+
 
 def bind_walks(model: nn.Module) -> None:
-    """Binds them where the class has PyTorch's own."""
-    if type(model).train in (nn.Module.train, PreTrainedModel.train):
+    """Binds them where class and instance have PyTorch's own, and those that they would ask."""
+    if _is_of(model, "train", nn.Module, PreTrainedModel):
         vars(model)["train"] = types.MethodType(_train, model)
-    if type(model).zero_grad is nn.Module.zero_grad:
-        vars(model)["zero_grad"] = types.MethodType(_zero_grad, model)
-    if type(model).parameters is nn.Module.parameters:
+    if all(_is_of(model, name, nn.Module) for name in _PARAMETERS):
+        if _is_of(model, "zero_grad", nn.Module):
+            vars(model)["zero_grad"] = types.MethodType(_zero_grad, model)
         vars(model)["parameters"] = types.MethodType(_parameters, model)
+
+
+def _is_of(model: nn.Module, name: str, *classes: type[nn.Module]) -> bool:
+    return name not in vars(model) and any(getattr(type(model), name) is getattr(of, name) for of in classes)
 
 
 def unbind_walks(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from truetune.models.adapters import base_model
 from truetune.proof.result import Check
@@ -56,21 +56,32 @@ def check_tied_head(model: Any) -> Check | None:
     """Whether the head that is saved is the head that is trained; None where nothing is amiss."""
     base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    says = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-    if isinstance(embedding, BaseTunerLayer) != isinstance(head, BaseTunerLayer) and says:
+    adapted = [isinstance(module, BaseTunerLayer) for module in (embedding, head)]
+    one, other = (
+        getattr(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, "weight", None)
+        for module in (embedding, head)
+    )
+    if one is None or one is not other:
+        return None
+    if adapted[0] != adapted[1]:
         return Check(
             "tied head", "an adapter on one of embedding and head, which share their weight", "on none, or on both",
             "warn", mend="merging it changes the other too, which is another model: keep it as an adapter, or train "
             "rows with trainable_token_indices",
         )  # fmt: skip
-    one, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    if model is base and one is not None and one is other and not says:
+    if model is base and not _says_tied(base):
         return Check(
             "tied head", "embedding and head share their weight, and the configuration says that they do not",
             "the same in both", "fail", mend="the head is not saved, and would be random when it is loaded: set "
             "config.tie_word_embeddings to True, or give the head a weight of its own", allow="tied_head",
         )  # fmt: skip
     return None
+
+
+def _says_tied(base: nn.Module) -> bool:
+    """Transformers asks the configuration of the part that holds the head: a vision model's own, not its text's."""
+    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel) and part._tied_weights_keys]
+    return any(getattr(part.config, "tie_word_embeddings", False) for part in parts)
 
 
 def _frozen(module: nn.Module) -> Tensor | None:

@@ -62,10 +62,7 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
         except torch.OutOfMemoryError:
             found = out_of_memory = Check(name, "not run: out of device memory", "", "skip")
         except Exception as error:  # no reason to stop a run, and no proof either
-            logger.debug("The check %s broke", name, exc_info=True)
-            words = " ".join(str(error).split())[:200]
-            mend = "the check itself broke, which proves nothing: report it"
-            found = Check(name, f"not run: {type(error).__name__}: {words}", "", "warn", mend)
+            found = _broken(name, error)
         if out_of_memory:  # the frames that held its tensors are gone
             forget_failure(trainer.model)
         several = [] if found is None else [found] if isinstance(found, Check) else found
@@ -105,6 +102,13 @@ def preflight(trainer: Any, level: str, allow: list[str], limits: Limits, proven
     return proof
 
 
+def _broken(name: str, error: Exception) -> Check:
+    logger.debug("The check %s broke", name, exc_info=error)
+    words = " ".join(str(error).split())[:200]
+    mend = "the check itself broke, which proves nothing: report it"
+    return Check(name, f"not run: {type(error).__name__}: {words}", "", "warn", mend)
+
+
 def _is_whole(made: Mapping[str, Sequence[Check]]) -> bool:
     """Whether nothing broke, and the first documents, which another seed has others of, were enough for the probes."""
     probes = ("leak probe", "reference parity")
@@ -129,16 +133,19 @@ def _audit(trainer: Any, level: str, limits: Limits) -> list[Check]:
 
 def audit_batches(trainer: Any, batches: Sequence[Mapping[str, Any]], level: str, limits: Limits) -> list[Check]:
     """The audit of what was trained, where it was not known before."""
-    found = [document for batch in batches for document in documents_of(batch)]
-    ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
-    checks = _audited(trainer, Documents(ids, labels), level, limits, None, None)
+    try:
+        found = [document for batch in batches for document in documents_of(batch)]
+        ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
+        checks = _audited(trainer, Documents(ids, labels), level, limits, None, None)
+    except Exception as error:  # a collator of the user's own may give anything
+        checks = [_broken("supervised tokens", error)]
     return [replace(check, seen=f"{check.seen} (of the first steps)") for check in checks]
 
 
 def _audited(
     trainer: Any, documents: Documents, level: str, limits: Limits, evaluation: Documents | None, counts: Any
 ) -> list[Check]:
-    tokenizer = trainer.processing_class
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a vision model's processor
     ends = getattr(getattr(base_model(trainer.model), "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     checks = audit(

@@ -47,16 +47,18 @@ def _rates(trainer: Any, steps: int) -> list[float] | None:
     own = type(trainer).create_scheduler is not transformers.Trainer.create_scheduler
     if own or trainer.optimizer is not None or trainer.lr_scheduler is not None:
         return None
+    warmup = args.get_warmup_steps(steps)
     scheduler: Any = get_scheduler(
         args.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=1.0),
-        num_warmup_steps=args.get_warmup_steps(steps),
+        num_warmup_steps=warmup,
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     if not hasattr(scheduler, "lr_lambdas"):
         return None
-    places = range(0, steps, max(1, steps // SAMPLED_STEPS))
+    # With the end of a warm-up, from which some schedules fall fast.
+    places = sorted({*range(0, steps, max(1, steps // SAMPLED_STEPS)), min(warmup, steps - 1)})
     return [args.learning_rate * float(scheduler.lr_lambdas[0](step)) for step in places]
 
 

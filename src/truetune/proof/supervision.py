@@ -305,22 +305,25 @@ def _prompts(documents: Documents, tokenizer: Any, limits: Limits) -> Check:
 def _answers(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> Check:
     """What is said behind prompts: the same as they say, as all others, or nothing; or all prompts are one.
 
-    An answer is the first supervised turn of a document; a document that is supervised as a whole has none.
+    An answer is the first supervised turn of a document; a document that is supervised as a whole has none. Alike are
+    documents with the same of all their turns: chats may all begin with the same greeting.
     """
     starts, last = documents.turns
     of, first = np.unique(documents.document_of(starts), return_index=True)
     asked = starts[first] - documents.ends[of] > 1  # plain text has its first token before it, and so has a part
     of, starts, ends = of[asked], starts[first][asked], last[first][asked] + 1
     silent = {*stops, *tokenizer.all_special_ids}
-    ids_N, answers, prompts = documents.ids_N, Counter[bytes](), Counter[bytes]()
+    ids_N, supervised_N = documents.ids_N, documents.supervised_N
+    answers, prompts = Counter[int](), Counter[int]()
     empty, copies = [], []
     for document, start, end in zip(of.tolist(), starts.tolist(), ends.tolist(), strict=True):
         answer = ids_N[start:end]
         while len(answer) and int(answer[-1]) in silent:
             answer = answer[:-1]
         prompt = ids_N[documents.ends[document] : start]
-        answers[answer.tobytes()] += 1
-        prompts[prompt.tobytes()] += 1
+        whole = slice(documents.ends[document], documents.ends[document + 1])
+        answers[hash(ids_N[whole][supervised_N[whole]].tobytes())] += 1
+        prompts[hash(ids_N[whole][~supervised_N[whole]].tobytes())] += 1
         short = len(answer) < COPY_TOKENS
         if short and not tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip():
             empty.append(document)
@@ -352,7 +355,7 @@ def _answers(documents: Documents, tokenizer: Any, stops: Sequence[int]) -> Chec
     )  # fmt: skip
 
 
-def _most(counts: Counter[bytes]) -> int:
+def _most(counts: Counter[int]) -> int:
     return max(counts.values(), default=0)
 
 
