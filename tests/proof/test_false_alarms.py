@@ -5,10 +5,11 @@ import types
 import pytest
 import torch
 from peft import AdaLoraConfig, LoHaConfig, PromptTuningConfig, VeraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from truetune.proof import preflight
 from truetune.proof.receipt import LearningReceipt
-from truetune.proof.storage import check_disk
+from truetune.proof.storage import check_disk, check_export
 
 
 def test_a_warm_up_too_slow_for_fp32_is_no_failure(make):
@@ -86,6 +87,28 @@ def test_one_step_of_an_adapter_that_begins_at_zero_is_no_failure(make, adapter)
 def test_parity_is_not_asked_of_prompt_learning(make, verdicts):
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     assert verdicts(make(adapter=adapter, packing=False).preflight())["reference parity"] == "skip"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_and_routers_that_files_hold_under_other_names_are_found(kind):
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert check_export(model).verdict == "pass"
+    experts = next(p for name, p in model.named_parameters() if name.endswith("experts.gate_up_proj"))
+    saved = model.save_pretrained
+
+    def changed(directory):
+        with torch.no_grad():
+            experts.view(-1)[5] += 1
+        saved(directory)
+        with torch.no_grad():
+            experts.view(-1)[5] -= 1
+
+    model.save_pretrained = changed
+    assert check_export(model).verdict == "fail"
 
 
 def test_trying_the_export_leaves_the_configuration_alone(make):
