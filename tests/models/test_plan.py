@@ -223,8 +223,11 @@ def test_the_host_is_not_filled(llama_8b, policy):
         choices = choose(policy, llama_8b, room, replace(RATES, host_bytes=gib * GIB))
         pinned = sum(layer.pinned for layer in llama_8b.of_layers(choices))
         assert pinned <= 0.8 * gib * GIB
-        assert policy == "offload" or bool(pinned) == pins
+        assert policy != "auto" or bool(pinned) == pins
     assert choose("lean", llama_8b, room, replace(RATES, host_bytes=24 * GIB)) == ("lean",) * 32
+    small = choose("lean", llama_8b, room, replace(RATES, host_bytes=1 * GIB))
+    assert small == ("checkpoint_host",) * 6 + ("checkpoint",) * 26  # 128 MiB each
+    assert choose("lean", llama_8b, room, replace(RATES, host_bytes=1)) == ("checkpoint",) * 32
 
 
 def test_fixed_policies_and_terms(llama_8b):

@@ -200,9 +200,15 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
             seconds = layer_seconds(memory, choices, rates)
             if best is None or seconds < best[0] * (1 - 1e-9):
                 best = seconds, choices
-    if best is not None:
-        return best[1]
-    return leanest[1] if leanest is not None else ("checkpoint",) * len(memory.model.layers)
+    found = best or leanest
+    return found[1] if found is not None else _what_the_host_takes(policy, memory, rates)
+
+
+def _what_the_host_takes(policy: str, memory: StepMemory, rates: Rates) -> tuple[str, ...]:
+    """Of layers that keep their input alone, as many inputs on the host as it takes, the first layers' first."""
+    layers = len(memory.model.layers)
+    of_both = (("checkpoint_host",) * n + ("checkpoint",) * (layers - n) for n in range(layers, -1, -1))
+    return next(choices for choices in of_both if _host_takes(policy, memory, choices, rates))
 
 
 def _host_takes(policy: str, memory: StepMemory, choices: Sequence[str], rates: Rates) -> bool:
