@@ -41,16 +41,14 @@ class Watch(TrainerCallback):
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.still = 0
         self.throughput = Throughput()
-        self.memory = {
-            "device memory": Climb("device memory"),
-            "host memory": Climb("the process's memory"),
-        }
+        self.memory = {"device memory": Climb("device memory"), "host memory": Climb("the process's memory")}
         self.logged: tuple[int, float, float] | None = None  # step, tokens and time of the last log
         self.notes: list[dict[str, Any]] = []
 
-    def see(self, inputs: Mapping[str, Any]) -> None:
-        """A micro-batch on its way into the model; it is referred to, and not copied."""
+    def see(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A micro-batch on its way into the model; it is referred to, and not copied. Returns what is kept of it."""
         self.batches.append({name: inputs[name] for name in KEPT_NAMES if torch.is_tensor(inputs.get(name))})
+        return self.batches[-1]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._pause(state)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -16,7 +15,7 @@ from truetune.proof.proven import Proven
 from truetune.proof.receipt import LearningReceipt
 from truetune.proof.result import Check, Proof, accepted
 from truetune.proof.supervision import Limits
-from truetune.proof.watch import KEPT_NAMES, Watch
+from truetune.proof.watch import Watch
 from truetune.train.config import own_setting
 from truetune.train.optim import embedding_parameters
 
@@ -77,9 +76,9 @@ class Proving(TrainerCallback):
     def see(self, inputs: Mapping[str, Any]) -> None:
         """A micro-batch of the training."""
         if self.level != "off":
-            self.watch.see(inputs)
+            kept = self.watch.see(inputs)
             if self.unaudited is not None and len(self.unaudited) < AUDITED_BATCHES:
-                self.unaudited.append({name: inputs[name] for name in KEPT_NAMES if torch.is_tensor(inputs.get(name))})
+                self.unaudited.append(kept)
 
     def save(self) -> None:
         args = self.trainer.args
