@@ -38,9 +38,12 @@ RECIPE = {
     "training.eval_strategy": "epoch",
     "training.save_steps": "2",
 }
+if torch.cuda.is_available():  # there the fastest kernels sum in the order in which they come
+    RECIPE["training.full_determinism"] = "true"
 LORA = {"lora.r": "4", "lora.lora_dropout": "0.1"}
 
-_context = multiprocessing.get_context("forkserver")
+# What has been imported may have used CUDA, and no fork can after that.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _context.set_forkserver_preload(["truetune.cli", "truetune.run", "truetune.data.files", "bitsandbytes"])
 
 

@@ -155,7 +155,9 @@ def _scaled_product(
 ) -> Tensor:
     """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows.
 
-    Without `use_fast_accum`: with it Hopper's tensor cores keep sums in about 14 bits, and truncate them.
+    With `use_fast_accum`, where Hopper's tensor cores keep sums in about 14 bits and truncate them: an error of 0.2 to
+    0.4% of the product instead of 0.17 (bf16's own), beside the 3.6% that rounding to FP8 makes of it, and 5 to 15% of
+    the time. Measured in benchmarks/bench_fp8.py.
     """
     if not a8.is_cuda:
         product = (a8.float() @ b8.float().t()) * scale_a[:, None] * scale_b
@@ -169,7 +171,7 @@ def _scaled_product(
         scale_b=scale_b,
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
-        use_fast_accum=False,
+        use_fast_accum=True,
     )
     return product.to(out_dtype)
 
