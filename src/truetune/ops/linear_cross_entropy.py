@@ -54,7 +54,7 @@ if triton is not None:
 
     @triton.jit
     def _cross_entropy_kernel(
-        logits_ptr,  # [C, V] with row stride `stride`, the columns between V and it -inf; becomes its own gradient
+        logits_ptr,  # [C, V] with row stride `stride`, -inf from V on; becomes its own gradient, 0 from V on
         targets_ptr,  # [C] int64
         bias_ptr,  # [V]
         row_weights_ptr,  # [C] fp32
@@ -159,7 +159,7 @@ if triton is not None:
                 grad *= 1.0 - z_target * z_target
             tl.store(row_ptr + target, grad.to(logits_ptr.dtype.element_ty), mask=is_label)
             padding = V + tl.arange(0, 64)
-            tl.store(row_ptr + padding, float("-inf"), mask=padding < stride)
+            tl.store(row_ptr + padding, 0.0, mask=padding < stride)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,14 +314,17 @@ def linear_cross_entropy_op(
     stride = -(-V // 64) * 64
     kernels = use_kernels(d_hidden_KH)
     chunk = max(1, min(K, _chunk_rows(K, stride * dtype.itemsize, kernels)))
+    # There they are 0 while a GEMM reads: oneDNN's multiplies what stands behind a row by 0 (its issue 5717).
     padded_logits = hidden_NH.new_empty((chunk, stride), dtype=dtype)
-    padded_logits[:, V:] = -torch.inf
+    padded_logits[:, V:] = 0
     cross_entropy = _cross_entropy_chunk if kernels else _cross_entropy_chunk_torch
     for start in range(0, K, chunk):
         part = slice(start, min(start + chunk, K))
         hidden_CH = hidden_NH[rows_K[part]].to(dtype)
         logits_CV = padded_logits[: len(hidden_CH), :V]
         torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+        if kernels and stride > V:
+            padded_logits[:, V:] = -torch.inf
         row_weights = None if row_weights_K is None else row_weights_K[part]
         rows = _Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
