@@ -38,7 +38,7 @@ class PackMask:
     ndim = 4  # what `generate` with a static cache asks of a mask that it has prepared
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments = arguments
+        self.arguments = arguments
         self._dense: dict[torch.device, torch.Tensor | None] = {}
         self._documents: dict[torch.device, Documents | None] = {}
         self.window: int | None = arguments.get("local_size")
@@ -46,13 +46,13 @@ class PackMask:
     def dense(self, device: torch.device) -> torch.Tensor | None:
         """What sdpa would have got: bool [1, 1, T, T], or None where its `is_causal` says it all."""
         if device not in self._dense:
-            mask = sdpa_mask(**self._arguments)
+            mask = sdpa_mask(**self.arguments)
             self._dense[device] = None if mask is None else mask.to(device)
         return self._dense[device]
 
     def contiguous(self) -> torch.Tensor | None:
         """What later releases of `generate` ask for: there are no packs, so it is the mask itself."""
-        return self.dense(torch.device(self._arguments["device"]))
+        return self.dense(torch.device(self.arguments["device"]))
 
     def documents(
         self, cu_seq_lens: torch.Tensor | None, max_length: int | None, position_ids: torch.Tensor | None
@@ -219,6 +219,13 @@ def use_varlen_attention(model: PreTrainedModel, dtype: torch.dtype | None = Non
         report.backends = list(dict.fromkeys([*report.backends, backend.name]))
         report.reasons = list(dict.fromkeys([*report.reasons, *passed_over]))
     return report
+
+
+def capturable(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether packs' attention never asks the host, so that a CUDA graph can hold it. `dtype`: what it will run in."""
+    layers = _attention_layers(_text_tower(model))
+    ours = all(layer.config._attn_implementation == ATTENTION_NAME for layer in layers)
+    return ours and all(choose_backend(_needs(layer), model.device, dtype)[0].capturable for layer in layers)
 
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:

@@ -284,7 +284,8 @@ def attention_reference(q_BHSD, k_BGSD, v_BGSE, mask: torch.Tensor | None, score
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel and what it can do. `majors`: the CUDA compute capabilities it runs on; none: any device."""
+    """A kernel and what it can do. `majors`: the CUDA compute capabilities it runs on; none: any device. `capturable`:
+    it reads the documents on the device alone, as a CUDA graph must."""
 
     name: str
     kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, Scores], torch.Tensor]
@@ -298,6 +299,7 @@ class Backend:
     sinks: bool = False
     dropout: bool = False
     equal_head_dims: bool = True
+    capturable: bool = False
 
     def attend(self, q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
         """Causal attention within documents: [T, H, E]."""
@@ -370,6 +372,7 @@ BACKENDS = (  # best first
         "flash_attn_varlen_func",
         majors=(9, 10),
         head_dims=range(64, 129, 32),
+        capturable=True,
     ),
     Backend(
         "FlashAttention-3",
@@ -380,6 +383,7 @@ BACKENDS = (  # best first
         majors=(9,),
         head_dims=range(8, 257, 8),
         softcap=True,
+        capturable=True,
     ),
     Backend(
         "FlashAttention-2",
@@ -391,6 +395,7 @@ BACKENDS = (  # best first
         head_dims=range(8, 257, 8),
         softcap=True,
         dropout=True,
+        capturable=True,
     ),
     Backend(
         "torch varlen",
@@ -401,6 +406,7 @@ BACKENDS = (  # best first
         majors=range(8, 13),
         head_dims=range(8, 257, 8),
         dropout=True,
+        capturable=True,
     ),
     Backend(
         "FlexAttention",

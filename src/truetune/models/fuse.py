@@ -40,6 +40,7 @@ ACTIVATIONS: dict[str, Activation] = {
 # By their whole names: other kinds of adapters have classes of the same short ones.
 _LORA_LINEARS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit"}
 _NF4_LINEAR = "bitsandbytes.nn.modules.Linear4bit"
+GRAPHS = "graphs"  # the attribute of layers that may run as CUDA graphs (`graphs.py`)
 TAKES_ROWS = "takes_loss_rows"  # the attribute of a last layer, and of its model, that gives only the loss's rows
 _CHECKPOINTED_BY_CALL = "__call__" in vars(GradientCheckpointingLayer)  # Transformers 5.17; later ones wrap `forward`
 _CAPTURES_OUTPUTS = "transformers.utils.output_capturing"  # its hooks stay once `output_hidden_states` was asked for
@@ -113,6 +114,7 @@ def unfuse(model: nn.Module) -> int:
     for layer in fused:
         del vars(layer)["forward"]
         vars(layer).pop("activations", None)
+        vars(layer).pop(GRAPHS, None)
     unbind_walks(model)
     for module in model.modules():
         vars(module).pop(TAKES_ROWS, None)
@@ -184,13 +186,16 @@ def layer_forward(
     given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
     if args or past_key_values is not None or position_embeddings is None:
         return type(self).forward(self, hidden_states, *args, past_key_values=past_key_values, **given)
+    graphs = vars(self).get(GRAPHS)
+    if graphs is not None and (result := graphs.forward(self, hidden_states, given)) is not None:
+        return result
     if self.training and self.gradient_checkpointing and not _CHECKPOINTED_BY_CALL:
-        return self._gradient_checkpointing_func(functools.partial(_run_layer, self, given, None), hidden_states)
+        return self._gradient_checkpointing_func(functools.partial(run_layer, self, given, None), hidden_states)
     rows_K = loss_rows if hasattr(self, TAKES_ROWS) else None
     with self.activations.saving() if hasattr(self, "activations") else nullcontext():
         if hasattr(self, "activations") and self.activations.checkpoint and torch.is_grad_enabled():
             return _checkpointed(self, given, rows_K, hidden_states)
-        return _run_layer(self, given, rows_K, hidden_states)
+        return run_layer(self, given, rows_K, hidden_states)
 
 
 def _checkpointed(layer: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -205,11 +210,12 @@ def _checkpointed(layer: Any, given: dict[str, Any], rows_K: Tensor | None, hidd
         finally:
             layer.activations.again = False
 
-    run = functools.partial(_run_layer, layer, given, rows_K)
+    run = functools.partial(run_layer, layer, given, rows_K)
     return checkpoint(run, hidden_states, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
 
-def _run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
+def run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """A fused layer's forward: each part as a block, or as Transformers and PEFT have it."""
     family = family_of(self)
     assert family is not None
     device = hidden_states.device.type
@@ -249,9 +255,7 @@ def _fused_attention(
     *heads, residual_TH = qkv(hidden_BSH.flatten(0, 1), cos, sin)
     q, k, v = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in heads)
     arguments = {name: value for name, value in given.items() if name not in ("position_embeddings", "attention_mask")}
-    for keyword, where in (("sliding_window", family.window), ("softcap", family.softcap)):
-        if where is not None:
-            arguments[keyword] = operator.attrgetter(where)(attention)
+    arguments |= _attention_arguments(attention, family)
     attended, _ = _attention_function(attention)(
         attention,
         q,
@@ -293,6 +297,42 @@ def _plain_residual(layer: Any, family: Family, post_norm: str | None, residual:
 
 
 # -- what the parts of a layer are just now ----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class LayerBlocks:
+    """All that a layer computes with, beside what it is given."""
+
+    qkv: QkvProjection
+    out: ResidualProjection
+    mlp: GatedMlp
+    attention: str
+    attention_dropout: float
+    attention_arguments: tuple[float | None, ...]  # scaling, window, softcap
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*self.qkv.linears, self.out.linear, *self.mlp.gate_up, self.mlp.down]
+
+
+def layer_blocks(layer: Any, dtype: torch.dtype) -> LayerBlocks:
+    """A layer's blocks as they are just now. Raises `NotFusable` where a part is left to Transformers or PEFT."""
+    family = family_of(layer)
+    assert family is not None
+    qkv, out = _attention_blocks(layer, family, dtype)
+    _refuse_attention_weights(layer, {})
+    attention = layer.self_attn
+    arguments = _attention_arguments(attention, family).values()
+    dropout = attention.attention_dropout if layer.training else 0.0
+    return LayerBlocks(
+        qkv, out, _mlp_block(layer, family, dtype), attention.config._attn_implementation, dropout,
+        (attention.scaling, *arguments),
+    )  # fmt: skip
+
+
+def _attention_arguments(attention: Any, family: Family) -> dict[str, float | None]:
+    named = {"sliding_window": family.window, "softcap": family.softcap}
+    return {name: operator.attrgetter(path)(attention) for name, path in named.items() if path is not None}
 
 
 def _attention_blocks(layer: Any, family: Family, dtype: torch.dtype) -> tuple[QkvProjection, ResidualProjection]:

@@ -42,6 +42,7 @@ from truetune.train.batches import (
 from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, load_other_names, refuse_cut_short
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
+from truetune.train.graphs import layer_graphs, report_graphs
 from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
@@ -268,9 +269,11 @@ class SFTTrainer(trl.SFTTrainer):
             refuse_cut_short(Path(resume_from_checkpoint))
         if own_setting(self.args, "rehearse") and self.args.device.type == "cuda":
             self.rehearse()
+        graphs = report_graphs(self)
         self._print(self.report.parts_table())
         self.proving.begin()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with layer_graphs(self, graphs):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:  # the list of an earlier run's checkpoint would vouch for a part of this one

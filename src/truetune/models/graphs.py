@@ -1,0 +1,396 @@
+"""Fused decoder layers as two CUDA graphs, one of their forward passes and one of their backward passes.
+
+A layer of a small model is over on a GPU before the host has launched it: a 0.6B model's step on 16,384 tokens takes
+117 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
+alone, run once as they are, are captured, and from then on cost the host two launches. The first layer's forward gives
+the result of all of them, and the others pass it on.
+
+A graph has one size: packs of nearly the token budget become that long by a document of zeros at their end. It reads
+and writes the same memory each time: what the parts of all layers are is read anew at every call, and where anything
+is not as it was when they were captured, they run as they are.
+
+P: tokens of the graph, T: of a pack, N: documents, H: hidden size, R: rotary size.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from truetune.models.attention import PackMask, attention_calls
+from truetune.models.fuse import GRAPHS, LayerBlocks, NotFusable, layer_blocks, run_layer
+
+logger = logging.getLogger(__name__)
+SHORTEST = 15 / 16  # of the token budget: the most that zeros cost
+MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative: attention's backward pass adds in any order
+_DOCUMENTS_AT_A_TIME = 64
+# What attention reads of a call is static here; the rest of these says nothing to a layer.
+_STATIC = ("position_embeddings", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_UNREAD = ("position_ids", "cache_position")
+
+
+# -- what a call and a layer are ---------------------------------------------------------------------------------------
+
+
+def _state(value: Any) -> Iterator[Any]:
+    """All that a captured kernel depends on: where tensors are, whether they are trained, and every number."""
+    if isinstance(value, Tensor):
+        yield from (value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _state(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _state(getattr(value, field.name))
+    elif isinstance(value, str | int | float | torch.dtype | None):
+        yield value
+    else:  # a 4-bit weight's quantization, which is made once
+        yield id(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _blocks(layers: Sequence[Any], dtype: torch.dtype) -> list[LayerBlocks]:
+    """The blocks of all layers as they are just now. Raises `NotFusable` where a graph could not do what they do."""
+    blocks = []
+    for layer in layers:
+        own = vars(layer)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            raise NotFusable("a layer has hooks")
+        activations = own.get("activations")
+        recomputes = activations is not None and (activations.checkpoint or activations.recompute)
+        if recomputes or layer.gradient_checkpointing or (activations is not None and activations.host is not None):
+            raise NotFusable("a layer does not keep its activations")
+        of_layer = layer_blocks(layer, dtype)
+        if of_layer.attention_dropout > 0 or any(linear.dropout > 0 for linear in of_layer.linears):
+            raise NotFusable("a layer drops out")
+        blocks.append(of_layer)
+    return blocks
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """What of a call is not made static."""
+    return {name: value for name, value in given.items() if name not in _STATIC and name not in _UNREAD}
+
+
+def _has_tensors(arguments: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in arguments.values())
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Captures CUDA graphs on a stream of its own, into one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work on the recorder's stream, between what the current one did before and does after."""
+        current = torch.cuda.current_stream(self.stream.device)
+        torch.cuda.empty_cache()  # what one stream has kept another cannot use
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
+            torch.cuda.empty_cache()
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may read data
+        try:
+            run()
+        finally:
+            graph.capture_end()
+        return graph
+
+
+@dataclass(eq=False)
+class Turn:
+    """One forward pass through the graphs, which holds their memory until its backward pass, or until it is dropped."""
+
+    done: bool = False
+
+
+class _Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_1TH, captured: "_Captured", turn: Turn, *trained) -> Tensor:
+        ctx.captured, ctx.turn = captured, turn
+        return captured.result(hidden_1TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_1TH):
+        if ctx.turn.done:
+            raise RuntimeError("the layers' saved tensors are gone after their first backward pass: run forward again.")
+        ctx.turn.done = True
+        d_hidden_1TH, gradients = ctx.captured.replay_backward(dout_1TH)
+        return d_hidden_1TH, None, None, *gradients
+
+
+class _Captured:
+    """The two graphs, and the memory that they read and write."""
+
+    def __init__(
+        self, layers: Sequence[nn.Module], given: Sequence[dict[str, Any]], hidden_1TH: Tensor, tokens: int,
+        longest: int, documents: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.layers, self.longest = layers, longest
+        self.given = [_plain(x) | {"attention_mask": x["attention_mask"]} for x in given]
+        cos_1TR = given[0]["position_embeddings"][0]
+        self.hidden_1PH = hidden_1TH.new_zeros((1, tokens, hidden_1TH.shape[2]))
+        self.hidden_1PH.requires_grad_(hidden_1TH.requires_grad)
+        self.dout_1PH = torch.zeros_like(self.hidden_1PH)
+        self.cos_1PR, self.sin_1PR = (cos_1TR.new_zeros((1, tokens, cos_1TR.shape[2])) for _ in range(2))
+        self.cu_seq_lens = torch.full((documents + 1,), tokens, dtype=torch.int32, device=hidden_1TH.device)
+        blocks = _blocks(layers, dtype)
+        self.state = self._state_of(blocks, hidden_1TH, dtype)
+        self.read = [x.detach() for x in _tensors(blocks)]  # a replay may come before what is new is seen
+        self.trained = list({id(x): x for x in _tensors(blocks) if x.requires_grad}.values())
+        self.out_1PH = self.d_hidden_1PH = torch.empty(0)
+        self.gradients: list[Tensor | None] = []
+        self._result: Tensor | None = None
+        self.attention_calls: dict[str, int] = {}
+
+    @staticmethod
+    def _state_of(blocks: Sequence[Any], hidden: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+        return hidden.dtype, hidden.device, hidden.requires_grad, dtype, *_state(blocks)
+
+    def is_current(self, hidden_1TH: Tensor, dtype: torch.dtype) -> bool:
+        """Whether all layers are as they were when they were captured; 9 ms of the host for 28 of them."""
+        try:
+            return self.state == self._state_of(_blocks(self.layers, dtype), hidden_1TH, dtype)
+        except NotFusable:
+            return False
+
+    # -- the passes, as they are captured
+
+    def forward(self) -> None:
+        hidden, masks = self.hidden_1PH, {}
+        for layer, given in zip(self.layers, self.given, strict=True):
+            mask = given["attention_mask"]
+            if mask is not None and id(mask) not in masks:
+                masks[id(mask)] = PackMask(mask.arguments)  # knows no documents yet
+            static = {
+                "position_embeddings": (self.cos_1PR, self.sin_1PR),
+                "attention_mask": None if mask is None else masks[id(mask)],
+                "cu_seq_lens_q": self.cu_seq_lens,
+                "cu_seq_lens_k": self.cu_seq_lens,
+                "max_length_q": self.longest,
+                "max_length_k": self.longest,
+            }
+            hidden = run_layer(layer, _plain(given) | static, None, hidden)
+        self._result, self.out_1PH = hidden, hidden.detach()
+
+    def backward(self) -> None:
+        assert self._result is not None
+        inputs = [self.hidden_1PH] if self.hidden_1PH.requires_grad else []
+        found = torch.autograd.grad(self._result, inputs + self.trained, self.dout_1PH, allow_unused=True)
+        self._result = None
+        if inputs:
+            self.d_hidden_1PH = found[0]
+        self.gradients = list(found[len(inputs) :])
+
+    def capture(self, recorder: Any) -> None:
+        """Runs both passes as they are, captures them, and compares. Raises `NotFusable` where results differ."""
+        calls = attention_calls.copy()
+        with recorder.aside():
+            self.dout_1PH.copy_(self.hidden_1PH.detach())
+            self.forward()
+            self.attention_calls = dict(attention_calls - calls)
+            self.backward()
+            plain = self._results()
+        with recorder.aside():
+            self.forward_graph = recorder.capture(self.forward)
+            self.backward_graph = recorder.capture(self.backward)
+        attention_calls.clear()
+        attention_calls.update(calls)
+        for written in (self.out_1PH, self.d_hidden_1PH, *self.gradients):
+            if written is not None:
+                written.zero_()
+        self.forward_graph.replay()
+        self.backward_graph.replay()
+        for what, ours, exact in zip(("results", "gradients"), self._results(), plain, strict=True):
+            error = _relative_error(ours, exact)
+            if not error <= MOST_ERROR:
+                raise NotFusable(f"their replayed {what} differ by {error:.1e}")
+
+    def _results(self) -> tuple[list[Tensor], list[Tensor]]:
+        gradients = [self.d_hidden_1PH, *(x for x in self.gradients if x is not None)]
+        return [self.out_1PH.clone()], [x.clone() for x in gradients]
+
+    # -- a call
+
+    def takes(self, given: dict[str, Any]) -> bool:
+        """Whether a call has the arguments that were captured, and documents for which there is room."""
+        arguments = _plain(given)
+        same = not _has_tensors(arguments) and arguments == _plain(self.given[0])
+        return same and len(given["cu_seq_lens_q"]) < len(self.cu_seq_lens)  # and one place for the document of zeros
+
+    def fill(self, hidden_1TH: Tensor, given: dict[str, Any]) -> None:
+        """A pack's hidden states, angles and documents, and behind them a document of zeros, and empty ones."""
+        length, cu_seq_lens = hidden_1TH.shape[1], given["cu_seq_lens_q"]
+        with torch.no_grad():
+            self.hidden_1PH[:, :length] = hidden_1TH
+            self.hidden_1PH[:, length:] = 0
+            for static, now in zip((self.cos_1PR, self.sin_1PR), given["position_embeddings"], strict=True):
+                static[:, :length] = now
+            self.cu_seq_lens[: len(cu_seq_lens)] = cu_seq_lens
+            self.cu_seq_lens[len(cu_seq_lens) :] = self.hidden_1PH.shape[1]
+
+    def result(self, hidden_1TH: Tensor) -> Tensor:
+        attention_calls.update(self.attention_calls)
+        return self.out_1PH[:, : hidden_1TH.shape[1]].detach()
+
+    def replay_backward(self, dout_1TH: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        length = dout_1TH.shape[1]
+        self.dout_1PH[:, :length] = dout_1TH
+        self.dout_1PH[:, length:] = 0
+        self.backward_graph.replay()
+        # Copies: the next replay overwrites what autograd may keep as a parameter's gradient.
+        found = [x for x in self.gradients if x is not None]
+        copies = [torch.empty_like(x) for x in found]
+        torch._foreach_copy_(copies, found)
+        left = iter(copies)
+        gradients = [None if x is None else next(left) for x in self.gradients]
+        d_hidden = self.d_hidden_1PH[:, :length].clone() if self.hidden_1PH.requires_grad else None
+        return d_hidden, gradients
+
+
+def _relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    difference = sum(float((a.double() - b.double()).norm() ** 2) for a, b in zip(ours, exact, strict=True))
+    return (difference / sum(float(b.double().norm() ** 2) for b in exact)) ** 0.5
+
+
+# -- the layers --------------------------------------------------------------------------------------------------------
+
+
+class LayerGraphs:
+    """Layers that are fused and keep everything, all but the model's last, as CUDA graphs of `tokens` tokens.
+
+    `longest`: of all documents. The first pack that fits is run layer by layer, to learn what the model gives each of
+    its layers; the next one is captured before it is run. `why_off`: where that failed, or cannot be had. `recorder`
+    makes the graphs.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], tokens: int, longest: int, recorder: Any) -> None:
+        self.layers, self.tokens, self.longest, self.recorder = list(layers), tokens, min(longest, tokens), recorder
+        self.replays = 0
+        self.why_off: str | None = None
+        self._numbers = {id(layer): number for number, layer in enumerate(layers)}
+        self._given: list[dict[str, Any]] = []  # what each layer was given, until they are captured
+        self._captured: _Captured | None = None
+        self._was_current = False
+        self._turn: Callable[[], Turn | None] = lambda: None
+        self._passed_on: Tensor | None = None
+        for layer in layers:
+            vars(layer)[GRAPHS] = self
+
+    def __reduce__(self):
+        return type(None), ()  # a copied or saved layer has none
+
+    def release(self) -> None:
+        """Gives the graphs' memory back; the layers run as they are from here on."""
+        for layer in self.layers:
+            vars(layer).pop(GRAPHS, None)
+        self._captured, self._given, self._passed_on = None, [], None
+
+    def forward(self, layer: nn.Module, hidden_1TH: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """The result of all layers, or None: this one must run as it is."""
+        number = self._numbers[id(layer)]
+        if number == 0:
+            self._passed_on = self._all_layers(hidden_1TH, given)
+            return self._passed_on
+        if self._passed_on is None:
+            if len(self._given) == number:
+                self._given.append(given)
+            return None
+        if hidden_1TH is not self._passed_on:
+            raise RuntimeError(
+                f"{type(layer).__name__} {number} was not given what the layer before it returned, and CUDA graphs "
+                "run all layers at once: set cuda_graphs to False."
+            )
+        if number == len(self.layers) - 1:
+            self._passed_on = None
+        return hidden_1TH
+
+    def _all_layers(self, hidden_1TH: Tensor, given: dict[str, Any]) -> Tensor | None:
+        if self.why_off is not None:
+            return None
+        learned = len(self._given) == len(self.layers) or self._captured is not None
+        takes = self._takes(hidden_1TH, given)
+        if not takes or not learned:
+            self._given = self._given if learned else [given] if takes else []
+            return None
+        device = hidden_1TH.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden_1TH.dtype
+        if self._captured is None:
+            try:
+                self._captured, self._given = self._capture(hidden_1TH, given, dtype), []
+            except NotFusable as reason:
+                self.why_off, self._given = str(reason), []
+                logger.warning("The layers run without CUDA graphs: %s.", reason)
+                return None
+        captured, first_look = self._captured, not self._was_current
+        if not captured.takes(given) or (first_look and not captured.is_current(hidden_1TH, dtype)):
+            return None
+        captured.fill(hidden_1TH, given)
+        captured.forward_graph.replay()
+        # While the device is at it: what it does now is of no use where something has changed since the last time.
+        self._was_current = first_look or captured.is_current(hidden_1TH, dtype)
+        if not self._was_current:
+            return None
+        turn = Turn()
+        self._turn = weakref.ref(turn)
+        self.replays += 1
+        return _Layers.apply(hidden_1TH, captured, turn, *captured.trained)
+
+    def _takes(self, hidden_1TH: Tensor, given: dict[str, Any]) -> bool:
+        """Whether this is a pack that a graph can be filled with, and the graph is free."""
+        cu_seq_lens, longest = given.get("cu_seq_lens_q"), given.get("max_length_q")
+        if not torch.is_grad_enabled() or hidden_1TH.shape[0] != 1 or cu_seq_lens is None or longest is None:
+            return False
+        zeros, turn = self.tokens - hidden_1TH.shape[1], self._turn()
+        fits = 0 <= zeros <= min(self.longest, (1 - SHORTEST) * self.tokens) and longest <= self.longest
+        return fits and (turn is None or turn.done)
+
+    def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:
+        """Raises `NotFusable` where the layers cannot be captured."""
+        first, *others = self._given
+        if any(x["position_embeddings"][0] is not first["position_embeddings"][0] for x in others):
+            raise NotFusable("its layers have angles of several kinds")
+        if any(_has_tensors(_plain(x)) for x in self._given):
+            raise NotFusable("its layers are given tensors of their own")
+        if any(not isinstance(x["attention_mask"], PackMask | None) for x in self._given):
+            raise NotFusable("its layers have masks")
+        documents = len(given["cu_seq_lens_q"]) + _DOCUMENTS_AT_A_TIME
+        captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, documents, dtype)
+        if not captured.trained and not hidden_1TH.requires_grad:
+            raise NotFusable("nothing in its layers is trained")
+        captured.fill(hidden_1TH, given)
+        try:
+            captured.capture(self.recorder)
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            raise NotFusable(f"they could not be captured ({' '.join(str(error).split())[:200]})") from error
+        return captured
