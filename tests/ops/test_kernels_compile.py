@@ -59,8 +59,9 @@ def kernels() -> list[Kernel]:
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
         Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
-        Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": True}),
-        Kernel("scale_rows", "_scale_rows_kernel", 8, rows | {"HAS_ROWS": False, "rows_ptr": None}),
+        Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}),
+        Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False, "rows_ptr": None}),
+        *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": add, "scale_ptr": None}) for add in (False, True)),
         *(
             Kernel("swiglu", name, 4, {"ACTIVATION": activation, "BLOCK": 1024, "QUANTIZE": False} | without)
             for activation in ("silu", "gelu_tanh", "gelu")

@@ -32,6 +32,7 @@ from truetune.ops.lora import (
 )
 from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from truetune.ops.rope import rope_backward, rope_forward
+from truetune.ops.rows import add_rows_, put_rows
 from truetune.ops.swiglu import Activation, glu_backward, glu_forward
 
 RECOMPUTED_ROWS = 4096  # enough for full GEMMs, few enough that gate and up stay small
@@ -183,8 +184,7 @@ def _qkv_forward(
         return q_TN, k_TN, v_TN, (xa_TS, None)
     (q_KN,), q_xa = linears_forward(h_TH.index_select(0, block.rows_K), block.linears[:1])
     (k_TN, v_TN), kv_xa = linears_forward(h_TH, block.linears[1:], quantized=h8)
-    q_TN = h_TH.new_zeros(len(h_TH), block.widths[0]).index_copy_(0, block.rows_K, q_KN)
-    return q_TN, k_TN, v_TN, (kv_xa, q_xa)
+    return put_rows(q_KN, block.rows_K, len(h_TH)), k_TN, v_TN, (kv_xa, q_xa)
 
 
 def _qkv_backward(block: QkvProjection, dys, h_TH, xas, needs_input: bool) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -197,7 +197,7 @@ def _qkv_backward(block: QkvProjection, dys, h_TH, xas, needs_input: bool) -> tu
     dh_TH, kv_dxa = linears_backward_input(kv_dys, kv, needs_input=needs_input)
     dh_KH, q_dxa = linears_backward_input(q_dys, q, needs_input=needs_input)
     if dh_TH is not None and dh_KH is not None:
-        dh_TH.index_add_(0, block.rows_K, dh_KH)
+        add_rows_(dh_TH, dh_KH, block.rows_K)
     q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_dxa, q)
     return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h_TH, xas[0], kv_dxa, kv)
 

@@ -28,6 +28,7 @@ from truetune.models.families import Family, class_path, family_of
 from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
 from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
+from truetune.ops.rows import take_rows
 from truetune.ops.swiglu import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -269,7 +270,7 @@ def _fused_attention(
     attended_TN = attended.flatten(0, 1).flatten(1)
     if qkv.rows_K is None:
         return out(attended_TN, residual_TH).view_as(hidden_BSH)
-    return out(attended_TN.index_select(0, qkv.rows_K), residual_TH.index_select(0, qkv.rows_K))[None]
+    return out(take_rows(attended_TN, qkv.rows_K), take_rows(residual_TH, qkv.rows_K))[None]
 
 
 def _attention_function(attention: Any):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truetune.ops.backend import tl, triton, use_kernels
-from truetune.ops.scale_rows import scale_rows
+from truetune.ops.rows import scale_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
