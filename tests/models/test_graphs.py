@@ -1,12 +1,12 @@
 """Layers as CUDA graphs: on a CPU with a recorder that runs again what it was given, on a GPU with graphs."""
 
 import copy
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rerun import Rerun
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from truetune.models.attention import use_varlen_attention
@@ -20,17 +20,6 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 199,
 }  # fmt: skip
 TOLERANCE = {"cpu": 1e-5, "cuda": 2e-2}
-
-
-class Rerun:
-    """In place of `Recorder` on a CPU: what a graph would replay is run again."""
-
-    def aside(self):
-        return nullcontext()
-
-    def capture(self, run):
-        run()
-        return SimpleNamespace(replay=torch.enable_grad()(run))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

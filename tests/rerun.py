@@ -1,0 +1,17 @@
+"""What stands for a CUDA graph where there is no GPU."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+
+
+class Rerun:
+    """In place of `truetune.models.graphs.Recorder`: what a graph would replay is run again."""
+
+    def aside(self):
+        return nullcontext()
+
+    def capture(self, run):
+        run()
+        return SimpleNamespace(replay=torch.enable_grad()(run))
