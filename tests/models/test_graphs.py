@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rerun import Rerun
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rerun import Rerun
 from truetune.models.attention import use_varlen_attention
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.graphs import LayerGraphs, Recorder

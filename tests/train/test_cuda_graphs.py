@@ -4,9 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rerun import Rerun
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rerun import Rerun
 from truetune.models import graphs as model_graphs
 from truetune.models.plan import Room, fused_layers
 from truetune.train import graphs
