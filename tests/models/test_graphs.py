@@ -183,6 +183,15 @@ def test_evaluation_and_other_batches_run_as_they_are(make):
     assert graphs.replays == 2
 
 
+def test_packs_of_many_documents_are_captured_again(make, monkeypatch):
+    monkeypatch.setattr("truetune.models.graphs.SPARE_DOCUMENTS", 0)
+    model, twin, graphs = make()
+    for seed, lengths in enumerate([[40, 24], [40, 24], [1] * 20 + [40], [1] * 24 + [40], [40, 24], [1] * 60]):
+        assert_alike(step(model, batch(model, lengths, seed)), step(twin, batch(twin, lengths, seed)))
+    assert graphs.why_off is None
+    assert graphs.replays == 5
+
+
 def test_a_hidden_state_that_is_changed_between_layers_is_refused(make):
     model, _, _ = make()
     for seed in range(2):

@@ -52,7 +52,7 @@ def kernels() -> list[Kernel]:
     rope, d_rope = ("rope", "_rope_forward_kernel"), ("rope", "_rope_backward_kernel")
     no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
     no_norm_grads = no_norms | {"dweight_ptr": None}
-    low_rank = {"BLOCK_T": 128, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
+    low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
     nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
     plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
@@ -96,7 +96,7 @@ def kernels() -> list[Kernel]:
         Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
         *(
             Kernel(
-                "lora", "_low_rank_product_kernel", 8, low_rank | {"RANK": rank, "BLOCK_R": min(64, rank), "ADDS": 1}
+                "lora", "_low_rank_product_kernel", 4, low_rank | {"RANK": rank, "BLOCK_R": min(64, rank), "ADDS": 1}
             )
             for rank in (16, 64, 256)
         ),

@@ -29,7 +29,7 @@ from truetune.models.fuse import GRAPHS, LayerBlocks, NotFusable, layer_blocks, 
 logger = logging.getLogger(__name__)
 SHORTEST = 15 / 16  # of the token budget: the most that zeros cost
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative: attention's backward pass adds in any order
-_DOCUMENTS_AT_A_TIME = 64
+SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
 _STATIC = ("position_embeddings", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _UNREAD = ("position_ids", "cache_position")
@@ -156,7 +156,7 @@ class _Captured:
         longest: int, documents: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.layers, self.longest = layers, longest
-        self.given = [_plain(x) | {"attention_mask": x["attention_mask"]} for x in given]
+        self.given = list(given)
         cos_1TR = given[0]["position_embeddings"][0]
         self.hidden_1PH = hidden_1TH.new_zeros((1, tokens, hidden_1TH.shape[2]))
         self.hidden_1PH.requires_grad_(hidden_1TH.requires_grad)
@@ -242,10 +242,9 @@ class _Captured:
     # -- a call
 
     def takes(self, given: dict[str, Any]) -> bool:
-        """Whether a call has the arguments that were captured, and documents for which there is room."""
+        """Whether a call has the arguments that were captured."""
         arguments = _plain(given)
-        same = not _has_tensors(arguments) and arguments == _plain(self.given[0])
-        return same and len(given["cu_seq_lens_q"]) < len(self.cu_seq_lens)  # and one place for the document of zeros
+        return not _has_tensors(arguments) and arguments == _plain(self.given[0])
 
     def fill(self, hidden_1TH: Tensor, given: dict[str, Any]) -> None:
         """A pack's hidden states, angles and documents, and behind them a document of zeros, and empty ones."""
@@ -289,8 +288,8 @@ class LayerGraphs:
     """Layers that are fused and keep everything, all but the model's last, as CUDA graphs of `tokens` tokens.
 
     `longest`: of all documents. The first pack that fits is run layer by layer, to learn what the model gives each of
-    its layers; the next one is captured before it is run. `why_off`: where that failed, or cannot be had. `recorder`
-    makes the graphs.
+    its layers; the next one is captured before it is run, and so is one with many more documents. `why_off`: where that
+    failed, or cannot be had. `recorder` makes the graphs.
     """
 
     def __init__(self, layers: Sequence[nn.Module], tokens: int, longest: int, recorder: Any) -> None:
@@ -345,6 +344,8 @@ class LayerGraphs:
         device = hidden_1TH.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_1TH.dtype
+        if self._captured is not None and len(given["cu_seq_lens_q"]) >= len(self._captured.cu_seq_lens):
+            self._given, self._captured = self._captured.given, None  # once more, with room for more documents
         if self._captured is None:
             try:
                 self._captured, self._given = self._capture(hidden_1TH, given, dtype), []
@@ -384,7 +385,7 @@ class LayerGraphs:
             raise NotFusable("its layers are given tensors of their own")
         if any(not isinstance(x["attention_mask"], PackMask | None) for x in self._given):
             raise NotFusable("its layers have masks")
-        documents = len(given["cu_seq_lens_q"]) + _DOCUMENTS_AT_A_TIME
+        documents = 2 * len(given["cu_seq_lens_q"]) + SPARE_DOCUMENTS
         captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, documents, dtype)
         if not captured.trained and not hidden_1TH.requires_grad:
             raise NotFusable("nothing in its layers is trained")

@@ -71,15 +71,15 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
     (T, R), N = x_TR.shape, b_NR.shape[0]
     if T == 0:
         return out_TN
-    block_n = 128 if N >= 128 else 64
+    block_t, block_n = 32, 128 if N >= 128 else 64  # small, so that many wait for memory at once
     padding = [None] * (3 - len(adds))
     with torch.cuda.device_of(x_TR):
-        _low_rank_product_kernel[(cdiv(T, 128), cdiv(N, block_n))](
+        _low_rank_product_kernel[(cdiv(T, block_t), cdiv(N, block_n))](
             x_TR, b_NR, *adds, *padding, out_TN, T, N,
             x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
             out_TN.stride(0),
-            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, next_power_of_2(R))), BLOCK_T=128, BLOCK_N=block_n,
-            num_warps=8,
+            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, next_power_of_2(R))), BLOCK_T=block_t, BLOCK_N=block_n,
+            num_warps=4,
         )  # fmt: skip
     return out_TN
 
