@@ -43,6 +43,7 @@ from truetune.train.checkpoints import forget_files, last_checkpoint, list_files
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.graphs import layer_graphs, report_graphs
+from truetune.train.loop import QuietTrainer
 from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
@@ -57,7 +58,7 @@ _ROWS_KEPT = "it holds no token, or its loader keeps rows (predictions, evaluati
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(QuietTrainer):
     """`trl.SFTTrainer` with the same arguments, losses, metrics and files, and a `report` of what is in effect.
 
     Raises `TrainError` where something set explicitly cannot be had.
@@ -68,7 +69,6 @@ class SFTTrainer(trl.SFTTrainer):
         "evaluation step": check_evaluation_batch,
         "checkpoint": check_checkpoint,
     }  # by the full preflight
-    args: trl.SFTConfig  # Transformers declares them wider than they are
     model: Any
 
     @functools.wraps(trl.SFTTrainer.__init__)  # type: ignore[misc]
@@ -78,7 +78,6 @@ class SFTTrainer(trl.SFTTrainer):
         self._ours = False  # until the end of this method: TRL's own code may run first
         self.activations: Activations | None = None  # where they are planned
         self.proving: Proving
-        self._parameters_counted: int | None = None
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, args, *positional, **keywords)
         self.proving = Proving(self)
@@ -446,14 +445,6 @@ class SFTTrainer(trl.SFTTrainer):
             if "num_tokens" in metrics:  # TRL logs the means of all others
                 metrics["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Transformers' counts the parameters of every module in every step: 8 ms for an adapter on 32 layers.
-        if "input_ids" not in inputs:
-            return super().floating_point_ops(inputs)
-        if self._parameters_counted is None:
-            self._parameters_counted = super().floating_point_ops(inputs) // max(1, inputs["input_ids"].numel())
-        return self._parameters_counted * inputs["input_ids"].numel()
 
     def _count_batch(self, inputs: dict[str, Any]) -> None:
         if "cu_seq_lens_q" in inputs:
