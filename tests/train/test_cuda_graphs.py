@@ -77,6 +77,7 @@ def test_losses_are_the_same_with_graphs(make, made, peft):
     ours = logged(trainer)
     assert made[0].why_off is None
     assert made[0].replays == 2 * 6 - 1
+    assert made[0].captures == 1
     tolerance = 3e-2 if CUDA else 1e-5
     assert ours == [pytest.approx(entry, rel=tolerance) for entry in plain]
     assert [check.verdict for check in trainer.proof.checks if check.name == "gradients"] in ([], ["pass"])

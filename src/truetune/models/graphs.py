@@ -5,14 +5,15 @@ A layer of a small model is over on a GPU before the host has launched it: a 0.6
 alone, run once as they are, are captured, and from then on cost the host two launches. The first layer's forward gives
 the result of all of them, and the others pass it on.
 
-A graph has one size: packs of nearly the token budget become that long by a document of zeros at their end. It reads
-and writes the same memory each time: what the parts of all layers are is read anew at every call, and where anything
-is not as it was when they were captured, they run as they are.
+A graph has one size, that of the token budget: packs become that long by documents of zeros at their end. It reads and
+writes the same memory each time: what the parts of all layers are is read anew at every call, and where anything is not
+as it was when they were captured, they are captured again, or run as they are.
 
 P: tokens of the graph, T: of a pack, N: documents, H: hidden size, R: rotary size.
 """
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ from truetune.models.attention import PackMask, attention_calls
 from truetune.models.fuse import GRAPHS, LayerBlocks, NotFusable, layer_blocks, run_layer
 
 logger = logging.getLogger(__name__)
-SHORTEST = 15 / 16  # of the token budget: the most that zeros cost
+SHORTEST = 15 / 16  # of the token budget, where packs of all lengths are to be expected: what zeros may cost
+HOST_BOUND = 1.1  # plain passes that take this much longer wait for the host, and take no less for shorter packs
+MOST_CAPTURES = 8  # where the layers change again and again, they run as they are
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative: attention's backward pass adds in any order
 SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
@@ -163,6 +166,7 @@ class _Captured:
         self.dout_1PH = torch.zeros_like(self.hidden_1PH)
         self.cos_1PR, self.sin_1PR = (cos_1TR.new_zeros((1, tokens, cos_1TR.shape[2])) for _ in range(2))
         self.cu_seq_lens = torch.full((documents + 1,), tokens, dtype=torch.int32, device=hidden_1TH.device)
+        self.zeros_end = longest * torch.arange(1, documents + 2, dtype=torch.int32, device=hidden_1TH.device)
         blocks = _blocks(layers, dtype)
         self.state = self._state_of(blocks, hidden_1TH, dtype)
         self.read = [x.detach() for x in _tensors(blocks)]  # a replay may come before what is new is seen
@@ -171,13 +175,14 @@ class _Captured:
         self.gradients: list[Tensor | None] = []
         self._result: Tensor | None = None
         self.attention_calls: dict[str, int] = {}
+        self.host_bound = False
 
     @staticmethod
     def _state_of(blocks: Sequence[Any], hidden: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
         return hidden.dtype, hidden.device, hidden.requires_grad, dtype, *_state(blocks)
 
     def is_current(self, hidden_1TH: Tensor, dtype: torch.dtype) -> bool:
-        """Whether all layers are as they were when they were captured; 9 ms of the host for 28 of them."""
+        """Whether all layers are as they were when they were captured; some milliseconds of the host."""
         try:
             return self.state == self._state_of(_blocks(self.layers, dtype), hidden_1TH, dtype)
         except NotFusable:
@@ -220,6 +225,7 @@ class _Captured:
             self.attention_calls = dict(attention_calls - calls)
             self.backward()
             plain = self._results()
+            seconds = self._seconds(self.forward, self.backward)
         with recorder.aside():
             self.forward_graph = recorder.capture(self.forward)
             self.backward_graph = recorder.capture(self.backward)
@@ -230,10 +236,20 @@ class _Captured:
                 written.zero_()
         self.forward_graph.replay()
         self.backward_graph.replay()
+        self.host_bound = seconds > HOST_BOUND * self._seconds(self.forward_graph.replay, self.backward_graph.replay)
         for what, ours, exact in zip(("results", "gradients"), self._results(), plain, strict=True):
             error = _relative_error(ours, exact)
             if not error <= MOST_ERROR:
                 raise NotFusable(f"their replayed {what} differ by {error:.1e}")
+
+    def _seconds(self, *runs: Callable[[], None]) -> float:
+        synchronize = torch.cuda.synchronize if self.hidden_1PH.is_cuda else lambda: None
+        synchronize()
+        begun = time.perf_counter()
+        for run in runs:
+            run()
+        synchronize()
+        return time.perf_counter() - begun
 
     def _results(self) -> tuple[list[Tensor], list[Tensor]]:
         gradients = [self.d_hidden_1PH, *(x for x in self.gradients if x is not None)]
@@ -246,16 +262,22 @@ class _Captured:
         arguments = _plain(given)
         return not _has_tensors(arguments) and arguments == _plain(self.given[0])
 
+    def has_room(self, hidden_1TH: Tensor, given: dict[str, Any]) -> bool:
+        """For a pack's documents, and those of zeros."""
+        zeros = self.hidden_1PH.shape[1] - hidden_1TH.shape[1]
+        return len(given["cu_seq_lens_q"]) + -(-zeros // self.longest) <= len(self.cu_seq_lens)
+
     def fill(self, hidden_1TH: Tensor, given: dict[str, Any]) -> None:
-        """A pack's hidden states, angles and documents, and behind them a document of zeros, and empty ones."""
-        length, cu_seq_lens = hidden_1TH.shape[1], given["cu_seq_lens_q"]
+        """A pack's hidden states, angles and documents, and behind them documents of zeros, and empty ones."""
+        length, documents = hidden_1TH.shape[1], len(given["cu_seq_lens_q"])
         with torch.no_grad():
             self.hidden_1PH[:, :length] = hidden_1TH
             self.hidden_1PH[:, length:] = 0
             for static, now in zip((self.cos_1PR, self.sin_1PR), given["position_embeddings"], strict=True):
                 static[:, :length] = now
-            self.cu_seq_lens[: len(cu_seq_lens)] = cu_seq_lens
-            self.cu_seq_lens[len(cu_seq_lens) :] = self.hidden_1PH.shape[1]
+            self.cu_seq_lens[:documents] = given["cu_seq_lens_q"]
+            left = len(self.cu_seq_lens) - documents
+            self.cu_seq_lens[documents:] = (length + self.zeros_end[:left]).clamp(max=self.hidden_1PH.shape[1])
 
     def result(self, hidden_1TH: Tensor) -> Tensor:
         attention_calls.update(self.attention_calls)
@@ -287,19 +309,20 @@ def _relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 class LayerGraphs:
     """Layers that are fused and keep everything, all but the model's last, as CUDA graphs of `tokens` tokens.
 
-    `longest`: of all documents. The first pack that fits is run layer by layer, to learn what the model gives each of
-    its layers; the next one is captured before it is run, and so is one with many more documents. `why_off`: where that
-    failed, or cannot be had. `recorder` makes the graphs.
+    `longest`: of all documents. `shortest`: packs with fewer tokens run as they are, unless the host is what they would
+    wait for. The first pack is run layer by layer, to learn what the model gives each of its layers; the next one is
+    captured before it is run, and so is one with many more documents. `why_off`: where that failed, or cannot be had.
+    `recorder` makes the graphs.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], tokens: int, longest: int, recorder: Any) -> None:
-        self.layers, self.tokens, self.longest, self.recorder = list(layers), tokens, min(longest, tokens), recorder
-        self.replays = 0
+    def __init__(self, layers: Sequence[nn.Module], tokens: int, longest: int, shortest: int, recorder: Any) -> None:
+        self.layers, self.recorder = list(layers), recorder
+        self.tokens, self.longest, self.shortest = tokens, min(longest, tokens), shortest
+        self.replays = self.captures = 0
         self.why_off: str | None = None
         self._numbers = {id(layer): number for number, layer in enumerate(layers)}
-        self._given: list[dict[str, Any]] = []  # what each layer was given, until they are captured
+        self._given: list[dict[str, Any]] = []  # what each layer was given, by which they are captured
         self._captured: _Captured | None = None
-        self._was_current = False
         self._turn: Callable[[], Turn | None] = lambda: None
         self._passed_on: Tensor | None = None
         for layer in layers:
@@ -334,34 +357,31 @@ class LayerGraphs:
         return hidden_1TH
 
     def _all_layers(self, hidden_1TH: Tensor, given: dict[str, Any]) -> Tensor | None:
-        if self.why_off is not None:
-            return None
-        learned = len(self._given) == len(self.layers) or self._captured is not None
-        takes = self._takes(hidden_1TH, given)
+        learned = len(self._given) == len(self.layers)
+        takes = self.why_off is None and self._takes(hidden_1TH, given)
         if not takes or not learned:
             self._given = self._given if learned else [given] if takes else []
             return None
         device = hidden_1TH.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_1TH.dtype
-        if self._captured is not None and len(given["cu_seq_lens_q"]) >= len(self._captured.cu_seq_lens):
-            self._given, self._captured = self._captured.given, None  # once more, with room for more documents
-        if self._captured is None:
-            try:
-                self._captured, self._given = self._capture(hidden_1TH, given, dtype), []
-            except NotFusable as reason:
-                self.why_off, self._given = str(reason), []
-                logger.warning("The layers run without CUDA graphs: %s.", reason)
-                return None
-        captured, first_look = self._captured, not self._was_current
-        if not captured.takes(given) or (first_look and not captured.is_current(hidden_1TH, dtype)):
+        if self._captured is not None and self._captured.has_room(hidden_1TH, given):
+            self._captured.fill(hidden_1TH, given)
+            self._captured.forward_graph.replay()
+            # While the device is at it: what it does now is of no use where something has changed since the last time.
+            if self._captured.is_current(hidden_1TH, dtype):
+                return self._replayed(hidden_1TH, self._captured)
+        self._captured = None  # whose memory the layers may need
+        try:
+            self._captured = self._capture(hidden_1TH, given, dtype)
+        except NotFusable as reason:
+            self.why_off = str(reason)
+            logger.warning("The layers run without CUDA graphs: %s.", reason)
             return None
-        captured.fill(hidden_1TH, given)
-        captured.forward_graph.replay()
-        # While the device is at it: what it does now is of no use where something has changed since the last time.
-        self._was_current = first_look or captured.is_current(hidden_1TH, dtype)
-        if not self._was_current:
-            return None
+        self._captured.forward_graph.replay()
+        return self._replayed(hidden_1TH, self._captured)
+
+    def _replayed(self, hidden_1TH: Tensor, captured: _Captured) -> Tensor:
         turn = Turn()
         self._turn = weakref.ref(turn)
         self.replays += 1
@@ -372,9 +392,10 @@ class LayerGraphs:
         cu_seq_lens, longest = given.get("cu_seq_lens_q"), given.get("max_length_q")
         if not torch.is_grad_enabled() or hidden_1TH.shape[0] != 1 or cu_seq_lens is None or longest is None:
             return False
-        zeros, turn = self.tokens - hidden_1TH.shape[1], self._turn()
-        fits = 0 <= zeros <= min(self.longest, (1 - SHORTEST) * self.tokens) and longest <= self.longest
-        return fits and (turn is None or turn.done)
+        captured, turn = self._captured, self._turn()
+        shortest = 1 if captured is not None and captured.host_bound else self.shortest
+        fits = shortest <= hidden_1TH.shape[1] <= self.tokens and longest <= self.longest
+        return fits and (turn is None or turn.done) and (captured is None or captured.takes(given))
 
     def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:
         """Raises `NotFusable` where the layers cannot be captured."""
@@ -385,7 +406,10 @@ class LayerGraphs:
             raise NotFusable("its layers are given tensors of their own")
         if any(not isinstance(x["attention_mask"], PackMask | None) for x in self._given):
             raise NotFusable("its layers have masks")
-        documents = 2 * len(given["cu_seq_lens_q"]) + SPARE_DOCUMENTS
+        self.captures += 1
+        if self.captures > MOST_CAPTURES:
+            raise NotFusable("its layers change again and again")
+        documents = 2 * len(given["cu_seq_lens_q"]) + SPARE_DOCUMENTS + -(-self.tokens // self.longest)
         captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, documents, dtype)
         if not captured.trained and not hidden_1TH.requires_grad:
             raise NotFusable("nothing in its layers is trained")

@@ -31,15 +31,27 @@ def why_no_graphs(trainer: Any) -> str | None:
         return "batches are padded"
     if not capturable(base_model(trainer.model), compute_dtype(trainer.args, trainer.model)):
         return "the attention backend asks the host"
-    if not _fit_twice(activations):
-        return "batches that are much shorter need their activations beside the graphs', for which there is no room"
+    if not _fit(trainer, activations):
+        return "packs that are too short for them need their own activations beside, for which there is no room"
     return None
 
 
-def _fit_twice(activations: Any) -> bool:
-    memory, room, choices = activations.memory, activations.room, activations.plan.choices
-    peak = memory.peak(choices)
-    return 2 * peak - memory.held + MARGIN * room.device <= room.available
+def shortest_pack(trainer: Any) -> int:
+    """Tokens of the shortest pack that is worth being filled up. Where rows are packed, few are short, and none of half
+    the budget: what they would need beside the graphs costs more than their zeros."""
+    return int(trainer.token_budget() * (0.5 if trainer.packs else SHORTEST))
+
+
+def _fit(trainer: Any, activations: Any) -> bool:
+    """Whether the largest pack that is too short, and an evaluation, fit beside the graphs' activations."""
+    memory, room = activations.memory, activations.room
+    peak = memory.peak(activations.plan.choices)
+    beside = round((peak - memory.held) * shortest_pack(trainer) / trainer.token_budget())
+    evaluates = trainer.largest_batch(evaluation=True) if trainer.eval_dataset is not None else None
+    if evaluates is not None:
+        tokens = evaluates["input_ids"].numel()
+        beside = max(beside, memory.evaluation_peak(tokens, trainer.evaluates_with_logits()) - memory.held)
+    return peak + beside + MARGIN * room.device <= room.available
 
 
 def report_graphs(trainer: Any) -> bool:
@@ -48,8 +60,8 @@ def report_graphs(trainer: Any) -> bool:
     report.lines = [line for line in report.lines if line.part != _PART]  # of an earlier training
     if trainer.args.device.type != "cuda" or report.stock or trainer.activations is None:
         return False
-    why, tokens = why_no_graphs(trainer), trainer.token_budget()
-    packs = f"of packs of {int(SHORTEST * tokens):,} to {tokens:,} tokens, all layers but the last"
+    why = why_no_graphs(trainer)
+    packs = f"of {trainer.token_budget():,} tokens, all layers but the last"
     report.add(_PART, "on" if own_setting(trainer.args, "cuda_graphs") else "off", "none" if why else packs, why or "")
     return why is None
 
@@ -62,7 +74,8 @@ def layer_graphs(trainer: Any, wanted: bool) -> Iterator[None]:
         return
     tokens = trainer.token_budget()
     layers = trainer.activations.layers[:-1]
-    graphs = LayerGraphs(layers, tokens, trainer.args.max_length or tokens, Recorder(trainer.args.device))
+    longest, recorder = trainer.args.max_length or tokens, Recorder(trainer.args.device)
+    graphs = LayerGraphs(layers, tokens, longest, shortest_pack(trainer), recorder)
     try:
         yield
     finally:

@@ -74,6 +74,10 @@ class RecipeTrainer(SFTTrainer):
         how = f"packed, best-fit decreasing over {over}, {self.args.max_length} tokens"
         self.report.add("batches", "packing" if self._pack else "packing: false", how if self._pack else "padding-free")
 
+    @property
+    def packs(self) -> bool:
+        return self._pack
+
     def _most_tokens(self, dataset, batch_size: int) -> int:
         if not self._pack:
             return super()._most_tokens(dataset, batch_size)

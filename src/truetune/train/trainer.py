@@ -210,6 +210,11 @@ class SFTTrainer(QuietTrainer):
         return len(self.train_dataset) if has_length(self.train_dataset) else None
 
     @property
+    def packs(self) -> bool:
+        """Whether micro-batches hold about as many tokens as there is room for."""
+        return self.args.packing
+
+    @property
     def unpads(self) -> bool:
         """Whether batches reach the model packed."""
         return self._unpadding_off is None
