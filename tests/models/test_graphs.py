@@ -200,7 +200,7 @@ def test_evaluation_and_other_batches_run_as_they_are(make):
 def test_where_the_host_is_what_they_wait_for_short_packs_are_filled_up_too(make, monkeypatch):
     monkeypatch.setattr("truetune.models.graphs.HOST_BOUND", 0)
     model, twin, graphs = make()
-    for seed, lengths in enumerate([[40, 24], [40, 24], [3], [1, 1], [24, 25], [41]]):
+    for seed, lengths in enumerate([[40, 24], [40, 24], [9], [12, 8], [24, 25], [41]]):
         assert_alike(step(model, batch(model, lengths, seed)), step(twin, batch(twin, lengths, seed)))
     assert graphs.replays == 4  # not the first, and none whose document is longer than those that were promised
 
