@@ -12,6 +12,7 @@ class Rerun:
     def aside(self):
         return nullcontext()
 
-    def capture(self, run):
-        run()
-        return SimpleNamespace(replay=torch.enable_grad()(run))
+    def capture(self, *runs):
+        for run in runs:
+            run()
+        return [SimpleNamespace(replay=torch.enable_grad()(run)) for run in runs]

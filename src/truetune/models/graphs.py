@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 SHORTEST = 15 / 16  # of the token budget, where packs of all lengths are to be expected: what zeros may cost
 HOST_BOUND = 1.1  # plain passes that take this much longer wait for the host, and take no less for shorter packs
 MOST_CAPTURES = 8  # where the layers change again and again, they run as they are
-MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative: attention's backward pass adds in any order
+MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
+# adds up its gradients in any order, and FP8 rounds the difference up
 SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
 _STATIC = ("position_embeddings", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -99,11 +100,10 @@ def _has_tensors(arguments: dict[str, Any]) -> bool:
 
 
 class Recorder:
-    """Captures CUDA graphs on a stream of its own, into one pool of memory."""
+    """Captures CUDA graphs on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -118,14 +118,18 @@ class Recorder:
             current.wait_stream(self.stream)
             torch.cuda.empty_cache()
 
-    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may read data
-        try:
-            run()
-        finally:
-            graph.capture_end()
-        return graph
+    def capture(self, *runs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
+        """A graph of each, all in one pool of memory. A pool does not outlive its graphs: later ones have their own."""
+        graphs, pool = [], torch.cuda.graph_pool_handle()
+        for run in runs:
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may read data
+            try:
+                run()
+            finally:
+                graph.capture_end()
+            graphs.append(graph)
+        return graphs
 
 
 @dataclass(eq=False)
@@ -226,9 +230,9 @@ class _Captured:
             self.backward()
             plain = self._results()
             seconds = self._seconds(self.forward, self.backward)
+            noise = list(map(_relative_error, self._results(), plain))
         with recorder.aside():
-            self.forward_graph = recorder.capture(self.forward)
-            self.backward_graph = recorder.capture(self.backward)
+            self.forward_graph, self.backward_graph = recorder.capture(self.forward, self.backward)
         attention_calls.clear()
         attention_calls.update(calls)
         for written in (self.out_1PH, self.d_hidden_1PH, *self.gradients):
@@ -237,9 +241,9 @@ class _Captured:
         self.forward_graph.replay()
         self.backward_graph.replay()
         self.host_bound = seconds > HOST_BOUND * self._seconds(self.forward_graph.replay, self.backward_graph.replay)
-        for what, ours, exact in zip(("results", "gradients"), self._results(), plain, strict=True):
+        for what, ours, exact, between in zip(("results", "gradients"), self._results(), plain, noise, strict=True):
             error = _relative_error(ours, exact)
-            if not error <= MOST_ERROR:
+            if not error <= max(MOST_ERROR, 3 * between):
                 raise NotFusable(f"their replayed {what} differ by {error:.1e}")
 
     def _seconds(self, *runs: Callable[[], None]) -> float:
@@ -376,6 +380,7 @@ class LayerGraphs:
             self._captured = self._capture(hidden_1TH, given, dtype)
         except NotFusable as reason:
             self.why_off = str(reason)
+            torch.cuda.empty_cache()  # of what was captured
             logger.warning("The layers run without CUDA graphs: %s.", reason)
             return None
         self._captured.forward_graph.replay()
