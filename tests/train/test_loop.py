@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 
 import truetune
 from pairs import SETTINGS, llama
+from truetune.data.collate import UnpaddingCollator
 
 NOT_FINITE = {1: float("nan"), 4: float("inf"), 5: float("nan"), 8: float("-inf")}  # by micro-batch, of 12
 
@@ -83,3 +84,83 @@ def test_arguments_are_the_users_whenever_they_are_read_and_after_a_failure(make
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert trainer.args.logging_nan_inf_filter
+
+
+# -- batches that are made ahead
+
+
+class Order(TrainerCallback):
+    """What happened one after the other: a batch is collated, an optimizer step begins, a step ends."""
+
+    def __init__(self, monkeypatch, broken=None):
+        self.seen, collate = [], UnpaddingCollator.__call__
+
+        def seen_collate(collator, features):
+            self.seen.append("batch")
+            if self.seen.count("batch") == broken:
+                raise ValueError("a row cannot be read")
+            return collate(collator, features)
+
+        monkeypatch.setattr(UnpaddingCollator, "__call__", seen_collate)
+
+    def on_pre_optimizer_step(self, *_, **__):
+        self.seen.append("optimizer")
+
+    def on_step_end(self, *_, **__):
+        self.seen.append("end")
+
+
+def trained(make, order):
+    trainer = make(truetune.SFTTrainer, max_steps=5)
+    trainer.add_callback(order)
+    order.seen.clear()
+    trainer.train()
+    return trainer
+
+
+def test_the_next_batches_are_made_before_the_optimizer_is_launched_and_no_others(make, monkeypatch):
+    runs = {}
+    for ahead in (True, False):
+        with monkeypatch.context() as patch:
+            if not ahead:
+                patch.setattr(truetune.SFTTrainer, "reads_ahead", lambda self: False)
+            order = Order(patch)
+            runs[ahead] = order.seen, [entry.get("loss") for entry in trained(make, order).state.log_history]
+    (ahead, losses), (plain, plain_losses) = runs[True], runs[False]
+    # Accelerate itself is one batch ahead, to know the last one.
+    assert plain == ["batch"] * 3 + (["optimizer", "end"] + ["batch"] * 2) * 4 + ["optimizer", "end"]
+    assert ahead == ["batch"] * 3 + (["batch"] * 2 + ["optimizer", "end"]) * 4 + ["optimizer", "end"]
+    assert losses == plain_losses
+
+
+def test_what_cannot_be_read_stops_the_step_that_needs_it(make, monkeypatch):
+    order = Order(monkeypatch, broken=6)
+    with pytest.raises(ValueError, match="cannot be read"):
+        trained(make, order)
+    assert order.seen.count("end") == 2  # of Accelerate's batch ahead, too
+
+
+def test_epochs_of_uneven_steps_are_read_whole(make, data):
+    trainer = make(truetune.SFTTrainer, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5)
+    trainer.train()
+    batches = -(-len(data) // trainer.args.per_device_train_batch_size)
+    assert trainer.report.packed_batches == 2 * batches
+    assert batches % 5
+
+
+def test_what_others_may_see_is_not_read_ahead(make, data):
+    assert make(truetune.SFTTrainer).reads_ahead()
+    assert not make(truetune.SFTTrainer, dataloader_num_workers=1).reads_ahead()
+    trainer = make(truetune.SFTTrainer)
+    trainer.train_dataset.set_transform(lambda rows: rows)
+    assert not trainer.reads_ahead()
+    trainer = make(truetune.SFTTrainer)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: collate(rows)
+    assert not trainer.reads_ahead()
+
+    class OwnLoader(truetune.SFTTrainer):
+        def get_train_dataloader(self):
+            return super().get_train_dataloader()
+
+    assert not make(OwnLoader).reads_ahead()

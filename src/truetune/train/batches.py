@@ -74,6 +74,21 @@ def has_trl_collator(trainer: Any) -> bool:
     return type(trainer.data_collator).__module__.startswith("trl.")
 
 
+def loads_without_effects(trainer: Any) -> bool:
+    """Whether nobody can tell when rows of the training data are read: they lie there, and only known code runs."""
+    dataset, args = trainer.train_dataset, trainer.args
+    known = {"transformers", "trl", "truetune"}
+    loaders = [getattr(trainer, name) for name in ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")]
+    return (
+        isinstance(dataset, datasets.Dataset)
+        and dataset.format["type"] != "custom"
+        and all(loader.__module__.split(".")[0] in known for loader in loaders)
+        and args.dataloader_num_workers == 0
+        and (args.dataloader_pin_memory or args.device.type == "cpu")  # copies from other memory are waited for
+        and not trainer.accelerator.dataloader_config.use_stateful_dataloader
+    )
+
+
 def documents_of_rows(trainer: Any, dataset: datasets.Dataset, most: int | None) -> Documents:
     """The first `most` rows as TRL's collator labels them; of rows that were packed, their documents."""
     rows = trainer._remove_unused_columns(dataset, description="audit")

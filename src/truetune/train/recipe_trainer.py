@@ -16,7 +16,7 @@ from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.proof.drift import GIB, device_bytes, process_bytes
 from truetune.proof.supervision import Documents
-from truetune.train.batches import document_lengths, longest
+from truetune.train.batches import document_lengths, loads_without_effects, longest
 from truetune.train.errors import TrainError
 from truetune.train.metrics import TOKEN_KINDS, nll_by_kind, nll_by_source, source_names
 from truetune.train.trainer import SFTTrainer
@@ -134,6 +134,9 @@ class RecipeTrainer(SFTTrainer):
             capacity = self.args.max_length if self._pack else None
             return self._loader(_AsGiven(), _StreamedPacks(documents, capacity, self._seed), size, "train")
         return self._packs_loader(documents, self._sampler(documents, self._seed), size, "train")
+
+    def reads_ahead(self) -> bool:
+        return loads_without_effects(self)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -36,6 +36,7 @@ from truetune.train.batches import (
     documents_of_rows,
     evaluation_documents,
     has_trl_collator,
+    loads_without_effects,
     planned_steps,
     row_lengths,
 )
@@ -371,6 +372,9 @@ class SFTTrainer(QuietTrainer):
         counted_by_batch = not has_length(dataset) and not self.padding_free
         with self._unpadding(wanted=not self.evaluates_with_logits() and not counted_by_batch):
             return super().get_eval_dataloader(eval_dataset)
+
+    def reads_ahead(self) -> bool:
+        return self._ours and has_trl_collator(self) and loads_without_effects(self)
 
     # -- loss
 
