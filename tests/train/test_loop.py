@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import truetune
 from pairs import SETTINGS, llama
 from truetune.data.collate import UnpaddingCollator
+from truetune.train.loop import QuietTrainer
 
-NOT_FINITE = {1: float("nan"), 4: float("inf"), 5: float("nan"), 8: float("-inf")}  # by micro-batch, of 12
+NOT_FINITE = {1: float("nan"), 4: float("inf"), 7: float("-inf"), 11: float("nan")}  # by micro-batch, of 12
 
 
 class Broken(truetune.SFTTrainer):
@@ -29,6 +31,24 @@ class BrokenAndLookedAt(Broken):
         loss = super().training_step(*args, **kwargs)
         assert loss.isfinite() == (self.calls - 1 not in NOT_FINITE)
         return loss
+
+
+class BrokenAndCounted(Broken):
+    """What overrides `floating_point_ops`, as Transformers' documentation has it, may never say that it was called."""
+
+    def floating_point_ops(self, inputs):
+        return 7
+
+
+class BrokenInBf16(Broken):
+    """Whose losses leave `training_step` in a dtype in which the mean so far cannot be held."""
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs).bfloat16()
+
+
+class BrokenInBf16AndLookedAt(BrokenInBf16, BrokenAndLookedAt):
+    pass
 
 
 @pytest.fixture
@@ -52,19 +72,75 @@ def test_losses_that_are_not_finite_are_filtered_as_transformers_does(make):
     ours, theirs = (logged(make(trainer_class)) for trainer_class in (Broken, BrokenAndLookedAt))
     assert len(ours) == 3
     assert ours == theirs
+    assert logged(make(BrokenAndCounted)) == theirs
     unfiltered = logged(make(Broken, logging_nan_inf_filter=False))
     assert not any(torch.tensor(loss).isfinite() for loss, _ in unfiltered)
 
 
-def test_the_device_is_not_asked_whether_a_loss_is_finite(make, monkeypatch):
-    monkeypatch.setattr(torch, "isnan", lambda x: pytest.fail("asked"))
-    assert len(logged(make(truetune.SFTTrainer))) == 3
+def test_the_mean_that_stands_for_a_loss_is_not_rounded_to_its_dtype(make):
+    assert logged(make(BrokenInBf16)) == logged(make(BrokenInBf16AndLookedAt))
 
 
-def test_arguments_are_the_users_whenever_they_are_read_and_after_a_failure(make):
+def test_a_wrapper_of_one_trainers_training_step_sees_losses_as_they_are(make):
+    trainer = make(Broken)
+    training_step, seen = trainer.training_step, []
+
+    def looked_at(*args, **kwargs):
+        seen.append(training_step(*args, **kwargs))
+        return seen[-1]
+
+    trainer.training_step = looked_at
+    assert logged(trainer) == logged(make(BrokenAndLookedAt))
+    assert [number for number, loss in enumerate(seen) if not loss.isfinite()] == list(NOT_FINITE)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would ask a GPU for numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+def reads(trainer):
+    """From a step's first forward pass to its clipped gradients, in all steps."""
+    mode = Reads()
+
+    class Counts(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            mode.__enter__()
+
+        def on_pre_optimizer_step(self, *_, **__):
+            mode.__exit__(None, None, None)
+
+    trainer.add_callback(Counts())
+    assert len(logged(trainer)) == 3
+    return mode.count
+
+
+@pytest.fixture
+def nothing_ahead(monkeypatch):
+    """What collating reads, it reads on the host."""
+    monkeypatch.setattr(truetune.SFTTrainer, "reads_ahead", lambda self: False)
+
+
+@pytest.mark.parametrize("fields", [{}, {"packing": True}, {"preflight": "quick"}], ids=str)
+def test_nothing_is_read_from_the_device_before_the_optimizer_is_launched(make, nothing_ahead, fields):
+    assert reads(make(truetune.SFTTrainer, **fields)) == 0
+
+
+def test_transformers_filter_is_seen_to_read_each_loss(make, nothing_ahead):
+    trainer = make(truetune.SFTTrainer)
+    trainer.floating_point_ops = lambda inputs: 0
+    assert reads(trainer) == 2 * 12  # is it NaN, is it infinite
+
+
+def test_arguments_are_the_users_whenever_they_are_read_and_after_a_failure(make, monkeypatch):
     read = []
 
-    class Reads(TrainerCallback):
+    class Looks(TrainerCallback):
         def on_step_begin(self, args, *_, **__):
             read.append(args.logging_nan_inf_filter)
 
@@ -74,13 +150,13 @@ def test_arguments_are_the_users_whenever_they_are_read_and_after_a_failure(make
                 raise KeyError
 
     trainer = make(truetune.SFTTrainer)
-    trainer.add_callback(Reads())
+    trainer.add_callback(Looks())
     with pytest.raises(KeyError):
         trainer.train()
     assert read == [True] * 6
 
+    monkeypatch.setattr(QuietTrainer, "floating_point_ops", lambda self, inputs: 1 / 0)  # which takes the filter back
     trainer = make(truetune.SFTTrainer)
-    trainer.floating_point_ops = lambda inputs: 1 / 0  # which would take the filter back
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert trainer.args.logging_nan_inf_filter

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.state import GradientState
 
 
 class QuietTrainer(trl.SFTTrainer):
@@ -39,13 +40,18 @@ class QuietTrainer(trl.SFTTrainer):
             self._ahead.untrained -= 1
             last = self.state.global_step + 1 >= self.state.max_steps
             if self._ahead.untrained == 0 and not last and self.reads_ahead():
-                self._ahead.read(self.args.gradient_accumulation_steps)
-        overridden = type(self).training_step is not QuietTrainer.training_step  # and may look for what is not finite
-        if not self.args.logging_nan_inf_filter or overridden or getattr(self, "_tr_loss", None) is None:
+                self._ahead.read(self.args.gradient_accumulation_steps, self.accelerator.gradient_state)
+        so_far, logged = (getattr(self, name, None) for name in ("_tr_loss", "_globalstep_last_logged"))
+        if not self.args.logging_nan_inf_filter or so_far is None or logged is None:
+            return loss
+        # Who looks at losses may look for what is not finite, and who counts operations would not take the filter back.
+        if self._is_overridden("training_step") or self._is_overridden("floating_point_ops"):
             return loss
         self.args.logging_nan_inf_filter, self._filter_put_aside = False, True
-        steps = 1 + self.state.global_step - self._globalstep_last_logged
-        return torch.where(loss.isfinite(), loss, self._tr_loss.to(loss) / steps)
+        return torch.where(loss.isfinite(), loss, so_far.to(loss.device) / (1 + self.state.global_step - logged))
+
+    def _is_overridden(self, name: str) -> bool:
+        return name in vars(self) or getattr(type(self), name) is not getattr(QuietTrainer, name)
 
     def take_back_filter(self) -> None:
         if self._filter_put_aside:
@@ -78,9 +84,10 @@ class _Ahead:
         self._read: deque[Any] = deque()
         self._error: Exception | None = None
 
-    def read(self, count: int) -> None:
+    def read(self, count: int, state: GradientState) -> None:
+        """Up to `count` batches, none past the epoch's last, with which the loader takes its leave."""
         try:
-            while len(self._read) < count:
+            while len(self._read) < count and not state.end_of_dataloader:
                 self._read.append(next(self.batches))
         except StopIteration:
             pass
