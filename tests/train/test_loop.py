@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import truetune
 from pairs import SETTINGS, llama
 from truetune.data.collate import UnpaddingCollator
-from truetune.train.loop import QuietTrainer
+from truetune.train.loop import QuietTrainer, copy_behind_work
 
 NOT_FINITE = {1: float("nan"), 4: float("inf"), 7: float("-inf"), 11: float("nan")}  # by micro-batch, of 12
 
@@ -240,3 +241,13 @@ def test_what_others_may_see_is_not_read_ahead(make, data):
             return super().get_train_dataloader()
 
     assert not make(OwnLoader).reads_ahead()
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned", "waits"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)]
+)
+def test_batches_in_pinned_memory_are_copied_behind_a_gpus_work(device, pinned, waits):
+    loader = DataLoaderShard([0], device=torch.device(device), pin_memory=pinned)
+    assert loader._non_blocking is False  # Accelerate's name for it, and its default
+    copy_behind_work(loader)
+    assert loader._non_blocking is not waits

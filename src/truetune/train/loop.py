@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.state import GradientState
+from accelerate.data_loader import DataLoaderShard
 
 
 class QuietTrainer(trl.SFTTrainer):
@@ -39,8 +39,10 @@ class QuietTrainer(trl.SFTTrainer):
         if self._ahead is not None:
             self._ahead.untrained -= 1
             last = self.state.global_step + 1 >= self.state.max_steps
-            if self._ahead.untrained == 0 and not last and self.reads_ahead():
-                self._ahead.read(self.args.gradient_accumulation_steps, self.accelerator.gradient_state)
+            loader = self.accelerator.gradient_state.active_dataloader
+            if self._ahead.untrained == 0 and not last and isinstance(loader, DataLoaderShard) and self.reads_ahead():
+                copy_behind_work(loader)
+                self._ahead.read(self.args.gradient_accumulation_steps, loader)
         so_far, logged = (getattr(self, name, None) for name in ("_tr_loss", "_globalstep_last_logged"))
         if not self.args.logging_nan_inf_filter or so_far is None or logged is None:
             return loss
@@ -75,6 +77,13 @@ class QuietTrainer(trl.SFTTrainer):
         return self._parameters_counted * inputs["input_ids"].numel()
 
 
+def copy_behind_work(loader: DataLoaderShard) -> None:
+    """Batches from pinned memory, which PyTorch keeps until they are copied. Accelerate's default is to wait until the
+    device has done all that it was given, and a resumed epoch's loader has forgotten Accelerate's own setting."""
+    if loader.pin_memory and loader.device is not None and loader.device.type == "cuda":
+        loader._non_blocking = True
+
+
 class _Ahead:
     """An epoch's batches, of which some are read before they are asked for. What went wrong shows when they are."""
 
@@ -84,10 +93,10 @@ class _Ahead:
         self._read: deque[Any] = deque()
         self._error: Exception | None = None
 
-    def read(self, count: int, state: GradientState) -> None:
+    def read(self, count: int, loader: DataLoaderShard) -> None:
         """Up to `count` batches, none past the epoch's last, with which the loader takes its leave."""
         try:
-            while len(self._read) < count and not state.end_of_dataloader:
+            while len(self._read) < count and not loader.end_of_dataloader:
                 self._read.append(next(self.batches))
         except StopIteration:
             pass
