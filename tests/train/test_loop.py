@@ -225,6 +225,16 @@ def test_epochs_of_uneven_steps_are_read_whole(make, data):
     assert batches % 5
 
 
+def test_no_batch_is_lost_where_the_iterator_is_another_in_every_step(make):
+    class Wraps(truetune.SFTTrainer):
+        def get_batch_samples(self, epoch_iterator, *arguments):
+            return super().get_batch_samples(map(dict, epoch_iterator), *arguments)
+
+    losses = [logged(make(trainer_class)) for trainer_class in (Wraps, truetune.SFTTrainer)]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
 def test_what_others_may_see_is_not_read_ahead(make, data):
     assert make(truetune.SFTTrainer).reads_ahead()
     assert not make(truetune.SFTTrainer, dataloader_num_workers=1).reads_ahead()

@@ -39,8 +39,8 @@ class QuietTrainer(trl.SFTTrainer):
         if self._ahead is not None:
             self._ahead.untrained -= 1
             last = self.state.global_step + 1 >= self.state.max_steps
-            loader = self.accelerator.gradient_state.active_dataloader
-            if self._ahead.untrained == 0 and not last and isinstance(loader, DataLoaderShard) and self.reads_ahead():
+            if self._ahead.untrained == 0 and not last and self._ahead.is_loaders_own and self.reads_ahead():
+                loader = self.accelerator.gradient_state.active_dataloader
                 copy_behind_work(loader)
                 self._ahead.read(self.args.gradient_accumulation_steps, loader)
         so_far, logged = (getattr(self, name, None) for name in ("_tr_loss", "_globalstep_last_logged"))
@@ -92,6 +92,11 @@ class _Ahead:
         self.untrained = 0  # of those that were given last
         self._read: deque[Any] = deque()
         self._error: Exception | None = None
+
+    @property
+    def is_loaders_own(self) -> bool:
+        """Not what somebody makes of it in `get_batch_samples`, anew in every step, and what was read with it lost."""
+        return getattr(self.batches, "gi_code", None) is DataLoaderShard.__iter__.__code__
 
     def read(self, count: int, loader: DataLoaderShard) -> None:
         """Up to `count` batches, none past the epoch's last, with which the loader takes its leave."""
