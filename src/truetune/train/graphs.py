@@ -43,7 +43,7 @@ def shortest_pack(trainer: Any) -> int:
 
 
 def _fit(trainer: Any, activations: Any) -> bool:
-    """Whether the largest pack that is too short, and an evaluation, fit beside the graphs' activations."""
+    """Whether the largest pack that is too short, and an evaluation, fit beside the graphs' memory."""
     memory, room = activations.memory, activations.room
     peak = memory.peak(activations.plan.choices)
     beside = round((peak - memory.held) * shortest_pack(trainer) / trainer.token_budget())
@@ -51,7 +51,8 @@ def _fit(trainer: Any, activations: Any) -> bool:
     if evaluates is not None:
         tokens = evaluates["input_ids"].numel()
         beside = max(beside, memory.evaluation_peak(tokens, trainer.evaluates_with_logits()) - memory.held)
-    return peak + beside + MARGIN * room.device <= room.available
+    in_graphs = memory.model.gradients  # which autograd gets copies of
+    return peak + in_graphs + beside + MARGIN * room.device <= room.available
 
 
 def report_graphs(trainer: Any) -> bool:
