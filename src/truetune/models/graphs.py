@@ -34,6 +34,7 @@ MOST_CAPTURES = 8  # where the layers change again and again, they run as they a
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
 SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
+_AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
 _STATIC = ("position_embeddings", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _UNREAD = ("position_ids", "cache_position")
@@ -46,6 +47,7 @@ def _state(value: Any) -> Iterator[Any]:
     """All that a captured kernel depends on: where tensors are, whether they are trained, and every number."""
     if isinstance(value, Tensor):
         yield from (value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad)
+        yield id(value) if value.requires_grad else None  # gradients go to the parameter, not to its memory
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _state(part)
@@ -83,6 +85,10 @@ def _blocks(layers: Sequence[Any], dtype: torch.dtype) -> list[LayerBlocks]:
         of_layer = layer_blocks(layer, dtype)
         if of_layer.attention_dropout > 0 or any(linear.dropout > 0 for linear in of_layer.linears):
             raise NotFusable("a layer drops out")
+        if any(
+            x._backward_hooks for x in _tensors(of_layer)
+        ):  # a capture would hold them, and autograd call them again
+            raise NotFusable("a parameter has hooks")
         blocks.append(of_layer)
     return blocks
 
@@ -223,18 +229,20 @@ class _Captured:
     def capture(self, recorder: Any) -> None:
         """Runs both passes as they are, captures them, and compares. Raises `NotFusable` where results differ."""
         calls = attention_calls.copy()
-        with recorder.aside():
-            self.dout_1PH.copy_(self.hidden_1PH.detach())
-            self.forward()
-            self.attention_calls = dict(attention_calls - calls)
-            self.backward()
-            plain = self._results()
-            seconds = self._seconds(self.forward, self.backward)
-            noise = list(map(_relative_error, self._results(), plain))
-        with recorder.aside():
-            self.forward_graph, self.backward_graph = recorder.capture(self.forward, self.backward)
-        attention_calls.clear()
-        attention_calls.update(calls)
+        try:
+            with recorder.aside():
+                self.dout_1PH.copy_(self.hidden_1PH.detach())
+                self.forward()
+                self.attention_calls = dict(attention_calls - calls)
+                self.backward()
+                plain = self._results()
+                seconds = self._seconds(self.forward, self.backward)
+                noise = list(map(_relative_error, self._results(), plain))
+            with recorder.aside():
+                self.forward_graph, self.backward_graph = recorder.capture(self.forward, self.backward)
+        finally:  # none of these is a pass of the training
+            attention_calls.clear()
+            attention_calls.update(calls)
         for written in (self.out_1PH, self.d_hidden_1PH, *self.gradients):
             if written is not None:
                 written.zero_()
@@ -295,7 +303,8 @@ class _Captured:
         # Copies: the next replay overwrites what autograd may keep as a parameter's gradient.
         found = [x for x in self.gradients if x is not None]
         copies = [torch.empty_like(x) for x in found]
-        torch._foreach_copy_(copies, found)
+        if found:  # nothing is trained but what lies before the layers
+            torch._foreach_copy_(copies, found)
         left = iter(copies)
         gradients = [None if x is None else next(left) for x in self.gradients]
         d_hidden = self.d_hidden_1PH[:, :length].clone() if self.hidden_1PH.requires_grad else None
@@ -303,8 +312,10 @@ class _Captured:
 
 
 def _relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """0 where both are 0."""
     difference = sum(float((a.double() - b.double()).norm() ** 2) for a, b in zip(ours, exact, strict=True))
-    return (difference / sum(float(b.double().norm() ** 2) for b in exact)) ** 0.5
+    norm = sum(float(b.double().norm() ** 2) for b in exact)
+    return 0.0 if difference == 0 else float("inf") if norm == 0 else (difference / norm) ** 0.5
 
 
 # -- the layers --------------------------------------------------------------------------------------------------------
@@ -329,6 +340,7 @@ class LayerGraphs:
         self._captured: _Captured | None = None
         self._turn: Callable[[], Turn | None] = lambda: None
         self._passed_on: Tensor | None = None
+        self._next = 0  # the layer to which it is passed on
         for layer in layers:
             vars(layer)[GRAPHS] = self
 
@@ -345,17 +357,21 @@ class LayerGraphs:
         """The result of all layers, or None: this one must run as it is."""
         number = self._numbers[id(layer)]
         if number == 0:
+            turn = self._turn()
+            if self._passed_on is not None and turn is not None and turn.done:
+                raise RuntimeError(f"a pass ended before layer {len(self.layers)}, {_AT_ONCE}")
+            self._passed_on, self._next = None, 1
             self._passed_on = self._all_layers(hidden_1TH, given)
             return self._passed_on
         if self._passed_on is None:
             if len(self._given) == number:
                 self._given.append(given)
             return None
-        if hidden_1TH is not self._passed_on:
+        if hidden_1TH is not self._passed_on or number != self._next:
             raise RuntimeError(
-                f"{type(layer).__name__} {number} was not given what the layer before it returned, and CUDA graphs "
-                "run all layers at once: set cuda_graphs to False."
+                f"{type(layer).__name__} {number} was not given what the layer before it returned, {_AT_ONCE}"
             )
+        self._next += 1
         if number == len(self.layers) - 1:
             self._passed_on = None
         return hidden_1TH
@@ -380,8 +396,9 @@ class LayerGraphs:
             self._captured = self._capture(hidden_1TH, given, dtype)
         except NotFusable as reason:
             self.why_off = str(reason)
-            torch.cuda.empty_cache()  # of what was captured
-            logger.warning("The layers run without CUDA graphs: %s.", reason)
+        if self._captured is None:
+            torch.cuda.empty_cache()  # of what was captured, which the exception held until here
+            logger.warning("The layers run without CUDA graphs: %s.", self.why_off)
             return None
         self._captured.forward_graph.replay()
         return self._replayed(hidden_1TH, self._captured)
@@ -421,6 +438,8 @@ class LayerGraphs:
         captured.fill(hidden_1TH, given)
         try:
             captured.capture(self.recorder)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        except NotFusable:
+            raise
+        except Exception as error:  # of a compiler, a launch or the allocator: without graphs they run
             raise NotFusable(f"they could not be captured ({' '.join(str(error).split())[:200]})") from error
         return captured

@@ -24,8 +24,9 @@ class SFTConfig(trl.SFTConfig):
         mix that fits), or the path of a plan that a run saved (activation_plan.json). `gradient_checkpointing=False`
         means "keep"; `gradient_checkpointing_kwargs` and `activation_offloading` select TRL's own mechanisms instead.
     cuda_graphs: on a GPU, run all fused layers but the last as two CUDA graphs where everything is kept, so that the
-        device does not wait for the host. In one process, where there is room for the activations of packs beside that
-        are too short for them; not with deterministic algorithms.
+        device does not wait for the host. Short packs run beside them, and need room for their activations. Not in
+        several processes, with padded batches, with dropout in adapters, or with deterministic algorithms; the report
+        says why where there are none.
     rehearse: on a GPU, run the largest batch forward and backward before the first step, so that the plan rests on
         measured memory and what does not fit fails in the first minute. Losses are the same to the bit without.
     preflight: "full" (audit of all data, parity on 1,024 tokens, a rehearsal of the largest batch, an evaluation step,

@@ -51,7 +51,8 @@ def _fit(trainer: Any, activations: Any) -> bool:
     if evaluates is not None:
         tokens = evaluates["input_ids"].numel()
         beside = max(beside, memory.evaluation_peak(tokens, trainer.evaluates_with_logits()) - memory.held)
-    in_graphs = memory.model.gradients  # which autograd gets copies of
+    # Autograd gets copies of the graphs' gradients, and adds them to those of earlier micro-batches.
+    in_graphs = memory.model.gradients * (2 if memory.accumulates else 1)
     return peak + in_graphs + beside + MARGIN * room.device <= room.available
 
 
@@ -81,3 +82,6 @@ def layer_graphs(trainer: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         graphs.release()
+        for line in trainer.report.lines:
+            if line.part == _PART and graphs.why_off is not None:
+                line.in_effect, line.why = f"none, after {graphs.replays} packs", graphs.why_off
