@@ -151,6 +151,27 @@ def completion_mask(length: int, supervised: float) -> list[int]:
     return [0] * prompt + [1] * (length - prompt)
 
 
+def step_settings(recipe: Recipe) -> dict:
+    """What of `SFTConfig` is the same for all systems."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS,
+        "gradient_accumulation_steps": 1,  # named, because Unsloth's default is 2
+        "learning_rate": 1e-5,
+        "bf16": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "max_length": LENGTH,
+        "packing": True,
+        "completion_only_loss": True if recipe.supervised < 1 else None,
+        "optim": "adamw_torch_fused",
+        "seed": 0,
+        "disable_tqdm": True,
+    }
+
+
 def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
     """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
     begun = time.perf_counter()
@@ -166,24 +187,7 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         from trl import SFTConfig, SFTTrainer
     path = str(directory / recipe.model)
     model, tokenizer, peft_config, options = load(system, recipe, path)
-    args = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=1,  # named, because Unsloth's default is 2
-        learning_rate=1e-5,
-        bf16=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        max_length=LENGTH,
-        packing=True,
-        completion_only_loss=True if recipe.supervised < 1 else None,
-        optim="adamw_torch_fused",
-        seed=0,
-        disable_tqdm=True,
-        **options,
-    )
+    args = SFTConfig(**step_settings(recipe), **options)
     stamps: list[float] = []
     in_graphs: list[int] = []
 

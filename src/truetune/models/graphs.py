@@ -43,58 +43,62 @@ _UNREAD = ("position_ids", "cache_position")
 # -- what a call and a layer are ---------------------------------------------------------------------------------------
 
 
-def _state(value: Any) -> Iterator[Any]:
-    """All that a captured kernel depends on: where tensors are, whether they are trained, and every number."""
-    if isinstance(value, Tensor):
-        yield from (value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad)
-        yield id(value) if value.requires_grad else None  # gradients go to the parameter, not to its memory
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _state(part)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _state(getattr(value, field.name))
-    elif isinstance(value, str | int | float | torch.dtype | None):
-        yield value
-    else:  # a 4-bit weight's quantization, which is made once
-        yield id(value)
+class NotCapturable(Exception):
+    """Why layers run one by one."""
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What stands in blocks, through dataclasses, tuples and lists."""
+    if isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from _leaves(part)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from _leaves(getattr(value, field.name))
+    else:
+        yield value
+
+
+def _tensors(blocks: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(blocks) if isinstance(leaf, Tensor)]
+
+
+def _state(leaf: Any) -> Any:
+    """What of a leaf a captured kernel depends on: where a tensor is, whether it is trained, a number."""
+    if isinstance(leaf, Tensor):
+        parameter = id(leaf) if leaf.requires_grad else None  # gradients go to it, and not to its memory
+        return leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, parameter
+    if isinstance(leaf, str | int | float | torch.dtype | None):
+        return leaf
+    return id(leaf)  # a 4-bit weight's quantization, which is made once
 
 
 def _blocks(layers: Sequence[Any], dtype: torch.dtype) -> list[LayerBlocks]:
-    """The blocks of all layers as they are just now. Raises `NotFusable` where a graph could not do what they do."""
+    """The blocks of all layers as they are just now. Raises `NotCapturable` where a graph could not do what they do."""
     blocks = []
     for layer in layers:
         own = vars(layer)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            raise NotFusable("a layer has hooks")
+            raise NotCapturable("a layer has hooks")
         activations = own.get("activations")
         recomputes = activations is not None and (activations.checkpoint or activations.recompute)
         if recomputes or layer.gradient_checkpointing or (activations is not None and activations.host is not None):
-            raise NotFusable("a layer does not keep its activations")
-        of_layer = layer_blocks(layer, dtype)
+            raise NotCapturable("a layer does not keep its activations")
+        try:
+            of_layer = layer_blocks(layer, dtype)
+        except NotFusable as reason:
+            raise NotCapturable(str(reason)) from reason
         if of_layer.attention_dropout > 0 or any(linear.dropout > 0 for linear in of_layer.linears):
-            raise NotFusable("a layer drops out")
-        if any(
-            x._backward_hooks for x in _tensors(of_layer)
-        ):  # a capture would hold them, and autograd call them again
-            raise NotFusable("a parameter has hooks")
+            raise NotCapturable("a layer drops out")
+        # A capture would hold them, and autograd call them again.
+        if any(tensor._backward_hooks for tensor in _tensors(of_layer)):
+            raise NotCapturable("a parameter has hooks")
         blocks.append(of_layer)
     return blocks
 
 
-def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    """What of a call is not made static."""
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """What a call says to a layer beside what is static in a graph."""
     return {name: value for name, value in given.items() if name not in _STATIC and name not in _UNREAD}
 
 
@@ -139,7 +143,7 @@ class Recorder:
 
 
 @dataclass(eq=False)
-class Turn:
+class _Turn:
     """One forward pass through the graphs, which holds their memory until its backward pass, or until it is dropped."""
 
     done: bool = False
@@ -147,7 +151,7 @@ class Turn:
 
 class _Layers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_1TH, captured: "_Captured", turn: Turn, *trained) -> Tensor:
+    def forward(ctx: Any, hidden_1TH, captured: "_Captured", turn: _Turn, *trained) -> Tensor:
         ctx.captured, ctx.turn = captured, turn
         return captured.result(hidden_1TH)
 
@@ -189,13 +193,13 @@ class _Captured:
 
     @staticmethod
     def _state_of(blocks: Sequence[Any], hidden: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-        return hidden.dtype, hidden.device, hidden.requires_grad, dtype, *_state(blocks)
+        return hidden.dtype, hidden.device, hidden.requires_grad, dtype, *map(_state, _leaves(blocks))
 
     def is_current(self, hidden_1TH: Tensor, dtype: torch.dtype) -> bool:
         """Whether all layers are as they were when they were captured; some milliseconds of the host."""
         try:
             return self.state == self._state_of(_blocks(self.layers, dtype), hidden_1TH, dtype)
-        except NotFusable:
+        except NotCapturable:
             return False
 
     # -- the passes, as they are captured
@@ -214,7 +218,7 @@ class _Captured:
                 "max_length_q": self.longest,
                 "max_length_k": self.longest,
             }
-            hidden = run_layer(layer, _plain(given) | static, None, hidden)
+            hidden = run_layer(layer, _arguments(given) | static, None, hidden)
         self._result, self.out_1PH = hidden, hidden.detach()
 
     def backward(self) -> None:
@@ -227,7 +231,7 @@ class _Captured:
         self.gradients = list(found[len(inputs) :])
 
     def capture(self, recorder: Any) -> None:
-        """Runs both passes as they are, captures them, and compares. Raises `NotFusable` where results differ."""
+        """Runs both passes as they are, captures them, and compares. Raises `NotCapturable` where results differ."""
         calls = attention_calls.copy()
         try:
             with recorder.aside():
@@ -252,7 +256,7 @@ class _Captured:
         for what, ours, exact, between in zip(("results", "gradients"), self._results(), plain, noise, strict=True):
             error = _relative_error(ours, exact)
             if not error <= max(MOST_ERROR, 3 * between):
-                raise NotFusable(f"their replayed {what} differ by {error:.1e}")
+                raise NotCapturable(f"their replayed {what} differ by {error:.1e}")
 
     def _seconds(self, *runs: Callable[[], None]) -> float:
         synchronize = torch.cuda.synchronize if self.hidden_1PH.is_cuda else lambda: None
@@ -269,10 +273,10 @@ class _Captured:
 
     # -- a call
 
-    def takes(self, given: dict[str, Any]) -> bool:
-        """Whether a call has the arguments that were captured."""
-        arguments = _plain(given)
-        return not _has_tensors(arguments) and arguments == _plain(self.given[0])
+    def has_arguments(self, given: dict[str, Any]) -> bool:
+        """Whether a call has those that were captured."""
+        arguments = _arguments(given)
+        return not _has_tensors(arguments) and arguments == _arguments(self.given[0])
 
     def has_room(self, hidden_1TH: Tensor, given: dict[str, Any]) -> bool:
         """For a pack's documents, and those of zeros."""
@@ -338,7 +342,7 @@ class LayerGraphs:
         self._numbers = {id(layer): number for number, layer in enumerate(layers)}
         self._given: list[dict[str, Any]] = []  # what each layer was given, by which they are captured
         self._captured: _Captured | None = None
-        self._turn: Callable[[], Turn | None] = lambda: None
+        self._turn: Callable[[], _Turn | None] = lambda: None
         self._passed_on: Tensor | None = None
         self._next = 0  # the layer to which it is passed on
         for layer in layers:
@@ -357,10 +361,10 @@ class LayerGraphs:
         """The result of all layers, or None: this one must run as it is."""
         number = self._numbers[id(layer)]
         if number == 0:
-            turn = self._turn()
-            if self._passed_on is not None and turn is not None and turn.done:
-                raise RuntimeError(f"a pass ended before layer {len(self.layers)}, {_AT_ONCE}")
+            turn, unfinished = self._turn(), self._passed_on is not None
             self._passed_on, self._next = None, 1
+            if unfinished and turn is not None and turn.done:  # and not given up half way
+                raise RuntimeError(f"a pass ended before layer {len(self.layers)}, {_AT_ONCE}")
             self._passed_on = self._all_layers(hidden_1TH, given)
             return self._passed_on
         if self._passed_on is None:
@@ -394,7 +398,7 @@ class LayerGraphs:
         self._captured = None  # whose memory the layers may need
         try:
             self._captured = self._capture(hidden_1TH, given, dtype)
-        except NotFusable as reason:
+        except NotCapturable as reason:
             self.why_off = str(reason)
         if self._captured is None:
             torch.cuda.empty_cache()  # of what was captured, which the exception held until here
@@ -404,7 +408,7 @@ class LayerGraphs:
         return self._replayed(hidden_1TH, self._captured)
 
     def _replayed(self, hidden_1TH: Tensor, captured: _Captured) -> Tensor:
-        turn = Turn()
+        turn = _Turn()
         self._turn = weakref.ref(turn)
         self.replays += 1
         return _Layers.apply(hidden_1TH, captured, turn, *captured.trained)
@@ -417,29 +421,29 @@ class LayerGraphs:
         captured, turn = self._captured, self._turn()
         shortest = 1 if captured is not None and captured.host_bound else self.shortest
         fits = shortest <= hidden_1TH.shape[1] <= self.tokens and longest <= self.longest
-        return fits and (turn is None or turn.done) and (captured is None or captured.takes(given))
+        return fits and (turn is None or turn.done) and (captured is None or captured.has_arguments(given))
 
     def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:
-        """Raises `NotFusable` where the layers cannot be captured."""
+        """Raises `NotCapturable` where the layers cannot be captured."""
         first, *others = self._given
         if any(x["position_embeddings"][0] is not first["position_embeddings"][0] for x in others):
-            raise NotFusable("its layers have angles of several kinds")
-        if any(_has_tensors(_plain(x)) for x in self._given):
-            raise NotFusable("its layers are given tensors of their own")
+            raise NotCapturable("its layers have angles of several kinds")
+        if any(_has_tensors(_arguments(x)) for x in self._given):
+            raise NotCapturable("its layers are given tensors of their own")
         if any(not isinstance(x["attention_mask"], PackMask | None) for x in self._given):
-            raise NotFusable("its layers have masks")
+            raise NotCapturable("its layers have masks")
         self.captures += 1
         if self.captures > MOST_CAPTURES:
-            raise NotFusable("its layers change again and again")
+            raise NotCapturable("its layers change again and again")
         documents = 2 * len(given["cu_seq_lens_q"]) + SPARE_DOCUMENTS + -(-self.tokens // self.longest)
         captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, documents, dtype)
         if not captured.trained and not hidden_1TH.requires_grad:
-            raise NotFusable("nothing in its layers is trained")
+            raise NotCapturable("nothing in its layers is trained")
         captured.fill(hidden_1TH, given)
         try:
             captured.capture(self.recorder)
-        except NotFusable:
+        except NotCapturable:
             raise
         except Exception as error:  # of a compiler, a launch or the allocator: without graphs they run
-            raise NotFusable(f"they could not be captured ({' '.join(str(error).split())[:200]})") from error
+            raise NotCapturable(f"they could not be captured ({' '.join(str(error).split())[:200]})") from error
         return captured

@@ -82,6 +82,7 @@ def layer_graphs(trainer: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         graphs.release()
-        for line in trainer.report.lines:
-            if line.part == _PART and graphs.why_off is not None:
-                line.in_effect, line.why = f"none, after {graphs.replays} packs", graphs.why_off
+        line = next((line for line in trainer.report.lines if line.part == _PART), None)
+        if line is not None:
+            ran = f"{graphs.replays} packs ran in them"
+            line.why = ran if graphs.why_off is None else f"{ran}, then none: {graphs.why_off}"

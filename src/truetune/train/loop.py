@@ -36,13 +36,23 @@ class QuietTrainer(trl.SFTTrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self._ahead is not None:
-            self._ahead.untrained -= 1
-            last = self.state.global_step + 1 >= self.state.max_steps
-            if self._ahead.untrained == 0 and not last and self._ahead.is_loaders_own and self.reads_ahead():
-                loader = self.accelerator.gradient_state.active_dataloader
-                copy_behind_work(loader)
-                self._ahead.read(self.args.gradient_accumulation_steps, loader)
+        self._read_ahead()
+        return self._filtered(loss)
+
+    def _read_ahead(self) -> None:
+        """The next step's batches, once the last of this one is launched."""
+        ahead = self._ahead
+        if ahead is None:
+            return
+        ahead.untrained -= 1
+        last = self.state.global_step + 1 >= self.state.max_steps
+        if ahead.untrained == 0 and not last and ahead.is_loaders_own and self.reads_ahead():
+            loader = self.accelerator.gradient_state.active_dataloader
+            copy_behind_work(loader)
+            ahead.read(self.args.gradient_accumulation_steps, loader)
+
+    def _filtered(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, or what Transformers' filter would add in its place: the mean of those since the last log."""
         so_far, logged = (getattr(self, name, None) for name in ("_tr_loss", "_globalstep_last_logged"))
         if not self.args.logging_nan_inf_filter or so_far is None or logged is None:
             return loss
