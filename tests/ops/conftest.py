@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from truetune.ops import backend
+from truetune.ops import backend, cross_entropy
 
 head = import_module(
     "truetune.ops.linear_cross_entropy"
@@ -23,7 +23,7 @@ def device(request, monkeypatch):
     else:
         pytest.importorskip("triton")
         monkeypatch.setattr(backend, "FORCE_KERNELS", True)
-        monkeypatch.setattr(head, "_NUM_WARPS", 2)  # small tiles, so that a row has several
+        monkeypatch.setattr(cross_entropy, "_NUM_WARPS", 2)  # small tiles, so that a row has several
         _round_in_the_interpreter(monkeypatch)
         with np.errstate(all="ignore"):  # infinities meet in lanes whose results are masked
             yield "cpu"

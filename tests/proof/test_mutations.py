@@ -182,14 +182,14 @@ def test_the_gradients_of_all_chunks_but_the_last_are_lost(make, monkeypatch):
     trainer = make(lora=False, preflight="full")
     monkeypatch.setattr(head, "_chunk_rows", lambda *_: 128)
     assert not failed(trainer)
-    loss = head._cross_entropy_chunk_torch
+    loss = head.cross_entropy_chunk_torch
 
     def only_first(logits, bias, rows, how, write_grad):
         loss(logits, bias, rows, how, write_grad)
         if write_grad and len(rows.targets) < 128:
             logits.zero_()
 
-    monkeypatch.setattr(head, "_cross_entropy_chunk_torch", only_first)
+    monkeypatch.setattr(head, "cross_entropy_chunk_torch", only_first)
     assert failed(trainer) == {"reference parity"}
 
 
