@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from truetune.ops import linear_cross_entropy
+from truetune.ops import cross_entropy, linear_cross_entropy
 
 head = import_module("truetune.ops.linear_cross_entropy")
 
@@ -148,10 +148,10 @@ def tune():
         is_top1 = torch.empty(rows, device="cuda", dtype=torch.bool)
         for warps in (4, 8, 16, 32):
             for stages in (1, 2, 3, 5, 9):  # 9 of 32 warps: shared memory for one row a multiprocessor
-                head._NUM_WARPS, head._STAGES = warps, stages
-                loss = head._Loss(1.0, None, 0.0, False)
-                call = (logits, None, head._Rows(targets, None, *outputs, is_top1), loss, True)
-                (ms,) = milliseconds([lambda call=call: head._cross_entropy_chunk(*call)])
+                cross_entropy._NUM_WARPS, cross_entropy._STAGES = warps, stages
+                rows_of_chunk = cross_entropy.Rows(targets, None, *outputs, is_top1)
+                call = (logits, None, rows_of_chunk, cross_entropy.Loss(1.0, None, 0.0, False), True)
+                (ms,) = milliseconds([lambda call=call: cross_entropy.cross_entropy_chunk(*call)])
                 rate = 2 * logits.numel() * 2 / ms / 1e9
                 print(f"V {V} rows {rows} warps {warps:2d} stages {stages}: {ms:.3f} ms, {rate:.2f} TB/s", flush=True)
 

@@ -20,7 +20,7 @@ FP8_FROM = 89
 
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
-    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "factor_ptr": "*fp32", "scale_ptr": "*fp32", "rstd_ptr": "*fp32",
+    "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "rstd_ptr": "*fp32",
     "dweight_ptr": "*fp32", "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8",
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
     "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
@@ -43,7 +43,6 @@ def kernels() -> list[Kernel]:
     flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ROW_WEIGHTS", "SMOOTHING", "DFT")
     tile = {"STATS": True, "WRITE_GRAD": True, "LANES": 32 * head._NUM_WARPS, "VECTOR": 8, "STAGES": head._STAGES}
     loss, loss_warps = ("cross_entropy", "_cross_entropy_kernel"), head._NUM_WARPS
-    one_pass = {"HAS_ROW_WEIGHTS": True, "DFT": True, "LANES": 32 * head._NUM_WARPS, "STAGES": head._STAGES}
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
     fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
@@ -61,11 +60,6 @@ def kernels() -> list[Kernel]:
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
         Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
-        *(
-            Kernel("cross_entropy", "_one_pass_kernel", loss_warps, one_pass | stats | {"VECTOR": vector}, dtype=dtype)
-            for stats in ({"STATS": True}, {"STATS": False, "row_weights_ptr": None, "HAS_ROW_WEIGHTS": False})
-            for vector, dtype in ((8, "bf16"), (4, "fp32"))
-        ),
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}),
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False, "rows_ptr": None}),
         *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": add, "scale_ptr": None}) for add in (False, True)),

@@ -437,8 +437,6 @@ class StepMemory:
         stride = -(-m.head // 64) * 64
         chunk = _chunk_rows(T, stride * m.compute, kernels=True)
         logits = min(chunk, T) * (stride + m.hidden) * m.compute
-        if not m.head_gradient:
-            logits += min(chunk, T) * m.hidden * FP32  # the product that the rows' factors make a gradient
         if self.full_logits:  # and TRL's loss makes fp32 copies of them
             logits = T * m.head * (m.compute + 2 * FP32)
         cast = matrix * m.compute * m.head_made

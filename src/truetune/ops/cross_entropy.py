@@ -1,7 +1,4 @@
-"""The loss of a chunk of logits, and its gradient written over them, by one program a row.
-
-Two kernels: one for every loss, which reads the logits twice; and one for the plain loss under a frozen head, which
-reads them once and leaves each row's gradient without its factor.
+"""The loss of a chunk of logits, and its gradient written over them.
 
 Letters of tensor shapes: C rows of one chunk, V vocabulary.
 """
@@ -18,7 +15,6 @@ from truetune.ops.backend import tl, triton
 
 if triton is not None:
     _LOG2_E = tl.constexpr(1.4426950408889634)
-    _MOST_BITS = tl.constexpr(86.0)  # of exp(z - reference); bf16 and fp32 end at 128
     _LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: the difference of two of them is 0, not NaN
 
     @triton.jit
@@ -158,104 +154,6 @@ if triton is not None:
             padding = V + tl.arange(0, 64)
             tl.store(row_ptr + padding, 0.0, mask=padding < stride)
 
-    @triton.jit
-    def _one_pass_kernel(
-        logits_ptr,  # [C, V] with row stride `stride`, -inf from V on; becomes its own gradient over the row's factor
-        targets_ptr,  # [C] int64
-        row_weights_ptr,  # [C] fp32
-        loss_ptr, nll_ptr, entropy_ptr, top1_ptr, factor_ptr,  # [C]
-        stride, V, scale,
-        HAS_ROW_WEIGHTS: tl.constexpr, DFT: tl.constexpr, STATS: tl.constexpr,
-        LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """One program a row, one pass over it.
-
-        What is written is exp(z - z_target), for which nothing has to be known of the row first; 1 / (their sum) is the
-        row's factor. The target's own is the sum of the others with the other sign. A lane that meets a logit further
-        above its reference than `_MOST_BITS` moves the reference there, and from that tile on leaves its logits as they
-        are, for a second pass over the row.
-        """
-        TILE: tl.constexpr = LANES * VECTOR
-        row = tl.program_id(0)
-        row_ptr = logits_ptr + row.to(tl.int64) * stride
-        offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        scale_log2 = scale * _LOG2_E
-
-        target = tl.load(targets_ptr + row)
-        is_label = (target >= 0) & (target < V)
-        z_target = tl.load(row_ptr + tl.where(is_label, target, 0)).to(tl.float32)
-        z_target = tl.where(is_label, z_target, float("nan"))  # a label outside the vocabulary must not pass unseen
-        own_tile = tl.where(is_label, target, 0) // TILE * TILE
-        before = tl.full([LANES], float("-inf"), tl.float32)  # the lane's largest logit before the target
-        if STATS:
-            in_tile = tl.load(row_ptr + own_tile + offsets, mask=own_tile + offsets < target, other=float("-inf"))
-            before = tl.max(in_tile.to(tl.float32), 1)
-        tl.debug_barrier()  # every thread has read what others write over
-
-        start_reference = tl.where(z_target > _LOWEST, z_target, _LOWEST)
-        reference = tl.zeros([LANES], tl.float32) + start_reference
-        total = tl.zeros([LANES], tl.float32)  # of exp(u), u = (z - reference) * scale
-        weighted = tl.zeros([LANES], tl.float32)  # of exp(u) * (z - reference)
-        top = tl.full([LANES], _LOWEST, tl.float32)
-        left_from = tl.zeros([LANES], tl.int32) + stride  # the tile from which on the lane leaves its logits
-        for start in tl.range(0, stride, TILE, num_stages=STAGES):
-            cols = start + offsets
-            raw = tl.load(row_ptr + cols, mask=cols < stride, other=float("-inf"))
-            z = raw.to(tl.float32)
-            tile_top = tl.max(z, 1)
-            moves = (tile_top - reference) * scale_log2 > _MOST_BITS
-            new_reference = tl.where(moves, tile_top, reference)
-            left_from = tl.where(moves, tl.minimum(left_from, start), left_from)
-            shift = reference - new_reference
-            decay = tl.exp2(shift * scale_log2)
-            below = z - new_reference[:, None]
-            e = tl.exp2(below * scale_log2)
-            if STATS:
-                tile_weighted = tl.sum(e * tl.maximum(below, _LOWEST), 1)  # 0, not NaN, for z of -inf
-                weighted = (weighted + total * shift) * decay + tile_weighted
-                top = tl.maximum(top, tile_top)
-                before = tl.maximum(before, tl.where(start < own_tile, tile_top, float("-inf")))
-            total = total * decay + tl.sum(e, 1)
-            reference = new_reference
-            written = tl.where((start >= left_from)[:, None], raw, e.to(raw.dtype))
-            tl.store(row_ptr + cols, written, mask=cols < stride)
-
-        row_reference = tl.max(reference, 0)
-        shift = reference - row_reference
-        decay = tl.exp2(shift * scale_log2)
-        row_total = tl.sum(total * decay, 0)
-        log_total = tl.log(row_total)
-
-        nll = log_total - (z_target - row_reference) * scale
-        loss = nll
-        factor = 1.0 / row_total
-        if DFT:
-            loss = tl.exp(-nll) * nll
-            factor *= tl.exp(-nll)
-        if HAS_ROW_WEIGHTS:
-            factor *= tl.load(row_weights_ptr + row)
-        tl.store(nll_ptr + row, nll)
-        tl.store(loss_ptr + row, loss)
-        tl.store(factor_ptr + row, factor)
-        if STATS:
-            row_weighted = tl.sum((weighted + total * shift) * decay, 0)
-            tl.store(entropy_ptr + row, log_total - row_weighted * scale / row_total)
-            # The first of equal maxima, as torch.argmax.
-            tl.store(top1_ptr + row, (z_target >= tl.max(top, 0)) & (z_target > tl.max(before, 0)))
-
-        if row_reference > start_reference:
-            tl.debug_barrier()
-            shrink = tl.exp2((start_reference - row_reference) * scale_log2)
-            for start in tl.range(0, stride, TILE):
-                cols = start + offsets
-                found = tl.load(row_ptr + cols, mask=cols < stride, other=0.0).to(tl.float32)
-                e = tl.exp2((found - row_reference) * scale_log2)
-                e = tl.where((start >= left_from)[:, None], e, found * shrink)
-                tl.store(row_ptr + cols, e.to(logits_ptr.dtype.element_ty), mask=cols < stride)
-        tl.debug_barrier()  # the target's is written a second time
-        others = row_total - tl.exp2((z_target - row_reference) * scale_log2)
-        tl.store(row_ptr + target, (-others).to(logits_ptr.dtype.element_ty), mask=is_label)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -308,29 +206,6 @@ def cross_entropy_chunk(logits_CV: Tensor, bias_V: Tensor | None, rows: Rows, lo
             LANES=32 * _NUM_WARPS, VECTOR=16 // logits_CV.element_size(), STAGES=_STAGES,
             num_warps=_NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def takes_one_pass(dtype: torch.dtype, bias_V: Tensor | None, loss: Loss) -> bool:
-    """Whether `cross_entropy_in_one_pass` computes this loss. exp(z - z_target) does not fit into fp16."""
-    return dtype != torch.float16 and bias_V is None and loss.softcap is None and loss.label_smoothing == 0
-
-
-def cross_entropy_in_one_pass(logits_CV: Tensor, rows: Rows, loss: Loss) -> Tensor:
-    """Writes the rows' results; and over the logits what `cross_entropy_chunk` would, divided by each row's factor.
-
-    The factors are returned, [C] fp32. They are no part of what a GEMM may sum over rows: the head's own gradient needs
-    the other kernel.
-    """
-    factor_C = torch.empty_like(rows.nll)
-    with torch.cuda.device_of(logits_CV):
-        _one_pass_kernel[(len(logits_CV),)](
-            logits_CV, rows.targets, rows.weights, rows.loss, rows.nll, rows.entropy, rows.is_top1, factor_C,
-            logits_CV.stride(0), logits_CV.shape[1], loss.logit_scale,
-            HAS_ROW_WEIGHTS=rows.weights is not None, DFT=loss.dft, STATS=rows.entropy.numel() > 0,
-            LANES=32 * _NUM_WARPS, VECTOR=16 // logits_CV.element_size(), STAGES=_STAGES,
-            num_warps=_NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return factor_C
 
 
 def cross_entropy_chunk_torch(

@@ -20,11 +20,9 @@ from truetune.ops.cross_entropy import (
     Rows,
     cross_entropy_chunk,
     cross_entropy_chunk_torch,
-    cross_entropy_in_one_pass,
     final_logits,
     gradient_scale,
     precise,
-    takes_one_pass,
 )
 from truetune.ops.rows import scale_rows
 
@@ -90,8 +88,7 @@ def linear_cross_entropy_op(
     # There they are 0 while a GEMM reads: oneDNN's multiplies what stands behind a row by 0 (its issue 5717).
     padded_logits = hidden_NH.new_empty((chunk, stride), dtype=dtype)
     padded_logits[:, V:] = 0
-    one_pass = kernels and needs == (True, False, False) and takes_one_pass(dtype, bias_V, loss)
-    product = hidden_NH.new_empty((chunk if one_pass else 0, weight_VH.shape[1]), dtype=precise(dtype))
+    cross_entropy = cross_entropy_chunk if kernels else cross_entropy_chunk_torch
     for start in range(0, K, chunk):
         part = slice(start, min(start + chunk, K))
         hidden_CH = hidden_NH[rows_K[part]].to(dtype)
@@ -101,13 +98,6 @@ def linear_cross_entropy_op(
             padded_logits[:, V:] = -torch.inf
         row_weights = None if row_weights_K is None else row_weights_K[part]
         rows = Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
-        if one_pass:
-            factor_C = cross_entropy_in_one_pass(logits_CV, rows, loss)
-            product_CH = product[: len(hidden_CH)]
-            _accumulate_product(product_CH, logits_CV, weight_VH, beta=0)
-            torch.mul(product_CH, factor_C[:, None], out=d_hidden_KH[part])  # rounded once, as the product would be
-            continue
-        cross_entropy = cross_entropy_chunk if kernels else cross_entropy_chunk_torch
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
             torch.mm(logits_CV, weight_VH, out=d_hidden_KH[part])
