@@ -1,9 +1,9 @@
 """Reference parity: the fused path against plain Transformers, both against the same model in a higher precision.
 
-The reference runs each document alone, unfused, with PyTorch's own attention and full logits. How far it is from the
-exact gradients is what rounding costs in the dtype of the run, measured on the user's model and text; our own path may
-not be much further away. The exact gradients come of the same plain modules with every weight widened, one layer at a
-time, so that an 8B model needs no second copy of itself.
+The reference runs each document in a row of its own, unfused, with PyTorch's own attention and full logits. How far it
+is from the exact gradients is what rounding costs in the dtype of the run, measured on the user's model and text; our
+own path may not be much further away. The exact gradients come of the same plain modules with every weight widened, one
+layer at a time, so that an 8B model needs no second copy of itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ from truetune.proof.receipt import BEHIND_ZEROS
 from truetune.proof.result import Check
 
 TIMES_ROUNDING = 4  # the most that we may be further from the exact gradients than the plain path
+TOGETHER = 256  # tokens that the reference takes at a time, so that its full logits stay small
 B_SCALE = 0.02  # of LoRA's B, which begins at zero and would hide every gradient of A
 QUANTIZED = ("Linear4bit", "Linear8bitLt", "Fp8Linear")
 
@@ -145,7 +146,7 @@ def fused_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
 
 def plain_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
     with trainer.accelerator.autocast():
-        return _one_by_one(trainer, documents, trainer.model)
+        return _apart(trainer, documents, trainer.model)
 
 
 def exact_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
@@ -158,19 +159,23 @@ def exact_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(trainer.args.device.type, enabled=False), widened(model, dtype) as wide:
-            return _one_by_one(trainer, documents, wide)
+            return _apart(trainer, documents, wide)
     finally:
         torch.set_float32_matmul_precision(precision)
 
 
-def _one_by_one(trainer: Any, documents: Sequence[Document], forward: Any) -> Gradients:
+def _apart(trainer: Any, documents: Sequence[Document], forward: Any) -> Gradients:
+    """Each document a row of its own, a few short ones at a time: launches are what a large model spends here."""
     parameters = trained(trainer.model)
     num_items, total = num_supervised(documents), 0.0
     sums: dict[str, Tensor | None] = dict.fromkeys(parameters)
-    for document in documents:
-        ids, labels = (torch.tensor([document[key]], device=trainer.args.device) for key in ("input_ids", "labels"))
-        logits = forward(input_ids=ids, use_cache=False).logits[0, :-1]
-        loss = reference_loss(logits, labels[0, 1:], trainer.args) / num_items
+    for batch in _batches(documents):
+        width = max(len(document["input_ids"]) for document in batch)  # nothing sees the padding, which comes last
+        rows = [[(x := document["input_ids"]) + x[-1:] * (width - len(x)) for document in batch],
+                [(x := document["labels"]) + [IGNORE_INDEX] * (width - len(x)) for document in batch]]  # fmt: skip
+        ids, labels = (torch.tensor(each, device=trainer.args.device) for each in rows)
+        logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = reference_loss(logits.flatten(0, 1), labels[:, 1:].flatten(), trainer.args) / num_items
         total += loss.item()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):
@@ -179,6 +184,18 @@ def _one_by_one(trainer: Any, documents: Sequence[Document], forward: Any) -> Gr
                 wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
                 sums[name] = wide if before is None else before + wide
     return Gradients(total, sums)
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in documents:
+        width = max(len(each["input_ids"]) for each in [*batch, document])
+        if batch and width * (len(batch) + 1) > TOGETHER:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
 
 
 def reference_loss(logits_TV: Tensor, labels_T: Tensor, args: Any) -> Tensor:
