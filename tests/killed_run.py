@@ -68,14 +68,19 @@ class Run:
         """A started process; with `kill_at`, (phase, step), it kills itself there."""
         recipe = {**RECIPE, "data": self.data, **self.settings, "output_dir": self.output}
         words = ["train", *(f"{key}={value}" for key, value in recipe.items()), *options]
-        process = _context.Process(target=_work, args=(words, str(self._log), kill_at))
+        self.has_imported = _context.Event()
+        process = _context.Process(target=_work, args=(words, str(self._log), kill_at, self.has_imported))
         process.start()
         return process
 
-    def finish(self, *options: str) -> None:
+    def finish(self, *options: str) -> float:
+        """The seconds that it took, without those of the imports."""
         process = self.start(*options)
+        assert self.has_imported.wait(300), self.said
+        begun = time.monotonic()
         process.join()
         assert process.exitcode == 0, self.said
+        return time.monotonic() - begun
 
     def killed(self, phase: str, step: int, *options: str) -> None:
         process = self.start(*options, kill_at=(phase, step))
@@ -83,8 +88,9 @@ class Run:
         assert process.exitcode == -signal.SIGKILL, f"not killed at {phase}: {self.said}"
 
     def killed_after(self, seconds: float, *options: str) -> bool:
-        """Whether it had not ended by itself before."""
+        """Whether it had not ended by itself before. Imports, with CUDA most of a short run, are not counted."""
         process = self.start(*options)
+        assert self.has_imported.wait(300), self.said
         process.join(seconds)
         process.kill()
         process.join()
@@ -140,7 +146,8 @@ def _same(a: Any, b: Any) -> bool:
 # -- in the process that is killed -------------------------------------------------------------------------------------
 
 
-def _work(words: list[str], log: str, kill_at: tuple[str, int] | None) -> None:
+def _work(words: list[str], log: str, kill_at: tuple[str, int] | None, has_imported: Any) -> None:
+    has_imported.set()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
