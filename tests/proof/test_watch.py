@@ -182,7 +182,7 @@ class _Hoarding(torch.utils.data.Dataset):
         self.kept = []
 
     def __len__(self):
-        return 40
+        return 80
 
     def __getitem__(self, row):
         self.kept.append(torch.ones(2**20))
@@ -194,8 +194,8 @@ def test_what_the_workers_of_a_data_loader_keep_is_counted(workers):
     rows = iter(torch.utils.data.DataLoader(_Hoarding(), batch_size=None, num_workers=workers))
     assert next(rows) == 0
     before = process_bytes()
-    assert list(itertools.islice(rows, 30)) == list(range(1, 31))
-    assert process_bytes() - before > 24 * 4 * 2**20  # a few rows are read ahead
+    assert list(itertools.islice(rows, 60)) == list(range(1, 61))
+    assert process_bytes() - before > 50 * 4 * 2**20  # up to six rows are read ahead
 
 
 @pytest.fixture
