@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything, so that a run begins in a tenth of a second.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -44,7 +45,8 @@ LORA = {"lora.r": "4", "lora.lora_dropout": "0.1"}
 
 # What has been imported may have used CUDA, and no fork can after that.
 _context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-_context.set_forkserver_preload(["truetune.cli", "truetune.run", "truetune.data.files", "bitsandbytes"])
+PRELOADED = ["truetune.cli", "truetune.run", "truetune.data.files", "bitsandbytes"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 def write_rows(path: Path) -> Path:
@@ -68,15 +70,16 @@ class Run:
         """A started process; with `kill_at`, (phase, step), it kills itself there."""
         recipe = {**RECIPE, "data": self.data, **self.settings, "output_dir": self.output}
         words = ["train", *(f"{key}={value}" for key, value in recipe.items()), *options]
-        self.has_imported = _context.Event()
-        process = _context.Process(target=_work, args=(words, str(self._log), kill_at, self.has_imported))
+        has_imported = _context.Event()
+        process = _context.Process(target=_work, args=(words, str(self._log), kill_at, has_imported))
+        process.has_imported = has_imported  # which has to outlive this call: the process opens it by name
         process.start()
         return process
 
     def finish(self, *options: str) -> float:
         """The seconds that it took, without those of the imports."""
         process = self.start(*options)
-        assert self.has_imported.wait(300), self.said
+        _wait_for_imports(process)
         begun = time.monotonic()
         process.join()
         assert process.exitcode == 0, self.said
@@ -90,7 +93,7 @@ class Run:
     def killed_after(self, seconds: float, *options: str) -> bool:
         """Whether it had not ended by itself before. Imports, with CUDA most of a short run, are not counted."""
         process = self.start(*options)
-        assert self.has_imported.wait(300), self.said
+        _wait_for_imports(process)
         process.join(seconds)
         process.kill()
         process.join()
@@ -117,6 +120,11 @@ class Run:
         """Every line, all but what is timed."""
         lines = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def _wait_for_imports(process) -> None:
+    while not process.has_imported.wait(1):
+        assert process.is_alive(), f"ended with {process.exitcode} while it imported"
 
 
 def assert_same_to_the_bit(resumed: Run, whole: Run) -> None:
@@ -147,6 +155,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _work(words: list[str], log: str, kill_at: tuple[str, int] | None, has_imported: Any) -> None:
+    for module in PRELOADED:  # a spawned process has imported only what this file does
+        importlib.import_module(module)
     has_imported.set()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -39,10 +39,16 @@ class Kernel(NamedTuple):
 
 
 def kernels() -> list[Kernel]:
-    head = import_module("truetune.ops.cross_entropy")
+    cross_entropy = import_module("truetune.ops.cross_entropy")
     flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ROW_WEIGHTS", "SMOOTHING", "DFT")
-    tile = {"STATS": True, "WRITE_GRAD": True, "LANES": 32 * head._NUM_WARPS, "VECTOR": 8, "STAGES": head._STAGES}
-    loss, loss_warps = ("cross_entropy", "_cross_entropy_kernel"), head._NUM_WARPS
+    tile = {
+        "STATS": True,
+        "WRITE_GRAD": True,
+        "LANES": 32 * cross_entropy._NUM_WARPS,
+        "VECTOR": 8,
+        "STAGES": cross_entropy._STAGES,
+    }
+    loss, loss_warps = ("cross_entropy", "_cross_entropy_kernel"), cross_entropy._NUM_WARPS
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
     fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
