@@ -12,7 +12,9 @@ import trl
 from peft import LoraConfig
 from rich.console import Console
 
+from truetune.proof import parity
 from truetune.proof.errors import ProofError
+from truetune.proof.excerpt import documents_of, excerpt
 from truetune.proof.result import Check, Proof
 from truetune.train import trials
 
@@ -205,3 +207,19 @@ def test_tokens_that_look_like_markup_are_shown_as_they_are():
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(table)
     assert "'[/INST]'" in (shown := console.export_text()) and "[bold]" in shown
+
+
+def test_the_reference_takes_short_documents_together_with_the_same_result(make, monkeypatch):
+    """Of several lengths: the shorter rows' padding must count for nothing."""
+    trainer = make(preflight="off", max_steps=1)
+    documents = excerpt(documents_of(trainer.first_batch()), 200, 4)
+    documents[1] = {name: ids[:-7] for name, ids in documents[1].items()}
+    results = []
+    for together in (parity.TOGETHER, 1):
+        monkeypatch.setattr(parity, "TOGETHER", together)
+        with parity.evaluating(trainer.model), parity.unfused(trainer):
+            results.append(parity.exact_gradients(trainer, documents))
+    assert len(documents) >= 4
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-9)
+    for name, gradient in results[0].of.items():
+        torch.testing.assert_close(gradient, results[1].of[name], rtol=1e-6, atol=1e-9)
