@@ -171,7 +171,7 @@ class TurnRenderer:
                 try:  # DeepSeek-V3 wants the arguments of a call as JSON text, all others as an object
                     return self._apply([list(map(_with_text_arguments, messages))], chat.row, generation_prompt)[0]
                 except Exception:
-                    pass
+                    pass  # the refusal of the conversation as it is says more than that of ours
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"{chat.row.origin}: the chat template refuses the conversation ({reason}): mend the row, or choose "

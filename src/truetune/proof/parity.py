@@ -171,9 +171,11 @@ def _apart(trainer: Any, documents: Sequence[Document], forward: Any) -> Gradien
     sums: dict[str, Tensor | None] = dict.fromkeys(parameters)
     for batch in _batches(documents):
         width = max(len(document["input_ids"]) for document in batch)  # nothing sees the padding, which comes last
-        rows = [[(x := document["input_ids"]) + x[-1:] * (width - len(x)) for document in batch],
-                [(x := document["labels"]) + [IGNORE_INDEX] * (width - len(x)) for document in batch]]  # fmt: skip
-        ids, labels = (torch.tensor(each, device=trainer.args.device) for each in rows)
+        padded = [
+            (ids + ids[-1:] * (width - len(ids)), labels + [IGNORE_INDEX] * (width - len(ids)))
+            for ids, labels in ((document["input_ids"], document["labels"]) for document in batch)
+        ]
+        ids, labels = (torch.tensor(rows, device=trainer.args.device) for rows in zip(*padded, strict=True))
         logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = reference_loss(logits.flatten(0, 1), labels[:, 1:].flatten(), trainer.args) / num_items
         total += loss.item()
