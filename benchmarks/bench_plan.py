@@ -44,7 +44,7 @@ def run(name: str) -> dict:
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-    from truetune import SFTConfig
+    from truetune import SFTConfig, load_model
     from truetune.train.recipe_trainer import RecipeTrainer
 
     shape, method, policy = RECIPES[name]
@@ -54,7 +54,11 @@ def run(name: str) -> dict:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if method == "qlora":
-        quantize(model)
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            del model
+            torch.cuda.empty_cache()
+            model = load_model(saved, "nf4")
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(64, 2048, (ROWS * STEPS * 8,), generator=generator).tolist()
     documents = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -90,24 +94,6 @@ def run(name: str) -> dict:
         "predicted_over_measured": predicted / measured, "rates": vars(trainer.activations.rates),
         "terms": plan.terms,
     }  # fmt: skip
-
-
-def quantize(model) -> None:
-    """The layers' linears become 4-bit, one by one, as `from_pretrained` would have loaded them."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from torch import nn
-
-    for name, linear in list(model.model.layers.named_modules()):
-        if type(linear) is nn.Linear:
-            new = Linear4bit(
-                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            new.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4").to("cuda")
-            model.model.layers.set_submodule(name, new)
-    model.is_loaded_in_4bit = model.is_quantized = True
-    torch.cuda.empty_cache()
 
 
 def tokenizer():

@@ -1,10 +1,12 @@
 """What FP8 and 4-bit weights cost in learning: LoRA on GSM8K over the same weights in bf16, FP8 and NF4.
 
-    python benchmarks/bench_precision.py --data gsm8k_train.jsonl [--steps 200] [--out FILE]
+    python benchmarks/bench_precision.py --data gsm8k_train.jsonl [--steps 200] [--seeds 0,1,2] [--out FILE]
 
 Two bases: a model of Qwen3-0.6B's shape with random weights, and a small Llama that this script trains first, whose
 weights have the outliers that training makes. The reduction is the mean loss of the first ten steps less that of the
-last ten; the table says how far each precision's is from bf16's.
+last ten; the table says how far each precision's is from bf16's. A seed decides the adapters' first weights and the
+order of the rows. `bf16 again` is the first run once more: how far two runs come apart of which nothing differs, but
+the order in which a GPU adds.
 """
 
 import argparse
@@ -21,10 +23,10 @@ SMALL = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": True,
 }  # fmt: skip
-PRECISIONS = ("bf16", "fp8", "nf4")
+PRECISIONS = ("bf16", "bf16 again", "fp8", "nf4")
 
 
-def train(model, tokenizer, rows: list[dict], steps: int, *, lora: bool, learning_rate: float, length: int):
+def train(model, tokenizer, rows: list[dict], steps: int, *, lora: bool, learning_rate: float, length: int, seed=0):
     """Losses of each step, and the trained model."""
     import torch
     from datasets import Dataset
@@ -36,8 +38,8 @@ def train(model, tokenizer, rows: list[dict], steps: int, *, lora: bool, learnin
     on_gpu = torch.cuda.is_available()
     args = SFTConfig(
         tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=2, learning_rate=learning_rate, bf16=on_gpu,
-        use_cpu=not on_gpu, packing=True, max_length=length, logging_steps=1, save_strategy="no", report_to=[], seed=0,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=min(10, steps), disable_tqdm=True,
+        use_cpu=not on_gpu, packing=True, max_length=length, logging_steps=1, save_strategy="no", report_to=[],
+        lr_scheduler_type="constant_with_warmup", warmup_steps=min(10, steps), disable_tqdm=True, seed=seed,
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows])
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bases", default="trained,random")
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import torch
@@ -81,24 +84,30 @@ def main() -> None:
         rows = rows[half:]
     results = []
     for base in options.bases.split(","):
-        for precision in PRECISIONS:
-            torch.manual_seed(0)
-            model = load_model(bases[base], precision)
-            losses, _ = train(model, tokenizer, rows, options.steps, lora=True, learning_rate=2e-4,
-                              length=options.length)  # fmt: skip
-            results.append({"base": base, "precision": precision, "reduction": reduction(losses), "losses": losses})
-            bf16 = next(r["reduction"] for r in results if r["base"] == base and r["precision"] == "bf16")
-            off = results[-1]["reduction"] / bf16 - 1
-            print(f"{base:8} {precision:5} loss {losses[0]:.4f} -> {losses[-1]:.4f}, reduction {off:+.2%} of bf16's")
-            if options.out:
-                record = {
-                    "command": "python " + " ".join(sys.argv),
-                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                 "transformers": transformers.__version__},
-                    "results": results,
-                }  # fmt: skip
-                options.out.write_text(json.dumps(record, indent=1) + "\n")
+        for seed in (int(seed) for seed in options.seeds.split(",")):
+            for precision in PRECISIONS:
+                torch.manual_seed(seed)
+                model = load_model(bases[base], precision.split()[0])
+                losses, _ = train(model, tokenizer, rows, options.steps, lora=True, learning_rate=2e-4,
+                                  length=options.length, seed=seed)  # fmt: skip
+                off = 0.0 if precision == "bf16" else reduction(losses) / results[-1]["bf16"] - 1
+                bf16 = reduction(losses) if precision == "bf16" else results[-1]["bf16"]
+                results.append({"base": base, "seed": seed, "precision": precision, "reduction": reduction(losses),
+                                "bf16": bf16, "off": off, "losses": losses})  # fmt: skip
+                print(f"{base:8} seed {seed} {precision:10} loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
+                      f"reduction {off:+.2%} of bf16's", flush=True)  # fmt: skip
+                if options.out:
+                    record = {
+                        "command": "python " + " ".join(sys.argv),
+                        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                     "transformers": transformers.__version__},
+                        "results": results,
+                    }  # fmt: skip
+                    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        for precision in PRECISIONS[1:]:
+            offs = [r["off"] for r in results if r["base"] == base and r["precision"] == precision]
+            print(f"{base:8} {precision:10} mean of {len(offs)} seeds {statistics.mean(offs):+.2%}", flush=True)
 
 
 if __name__ == "__main__":
