@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from truetune.models.attention import use_varlen_attention
 from truetune.models.fuse import fuse
+from truetune.models.offload import SMALLEST
 from truetune.models.plan import fused_layers, set_activations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no host to go to without a GPU")
@@ -70,3 +71,13 @@ def test_two_forward_passes_before_a_backward_pass_are_refused(model):
     both = loss(model, 1) + loss(model, 2)
     with pytest.raises(RuntimeError, match="run each backward pass before the next forward pass"):
         both.backward()
+
+
+def test_rotary_tables_which_all_layers_share_stay(model):
+    set_activations(fused_layers(model), ["lean"] * LAYERS)
+    length = 2 * SMALLEST // 256  # of tables of 2 * 128 bytes a token
+    kept = loss(model, 1, length)
+    host = fused_layers(model)[0].activations.host
+    sizes = {num_bytes for layer in host._layers.values() for _, num_bytes in layer.saved}
+    assert sizes == {2 * 1024 * length}
+    kept.backward()

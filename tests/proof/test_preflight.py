@@ -12,6 +12,7 @@ import trl
 from peft import LoraConfig
 from rich.console import Console
 
+from truetune.models.plan import fused_layers
 from truetune.proof import parity
 from truetune.proof.errors import ProofError
 from truetune.proof.excerpt import documents_of, excerpt
@@ -60,6 +61,7 @@ def bits(trainer):
         "settings": repr(trainer.args) + repr(trainer.state) + repr(model.config) + repr(trainer.report),
         "made": (trainer.optimizer, trainer.lr_scheduler, set(vars(trainer))),
         "modes": [module.training for module in model.modules()],
+        "activations": [(id(found), found) for layer in fused_layers(model) if (found := vars(layer)["activations"])],
     }
 
 

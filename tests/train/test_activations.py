@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -299,13 +300,14 @@ def test_the_largest_batch_is_rehearsed(make):
 
 
 class Device:
-    """A device of `available` bytes, for which the model's predictions are wrong by `factor`: it answers rehearsals.
+    """A device of `available` bytes, for which predictions are wrong by the `factor` of choices: it answers rehearsals.
 
     The layers are taken to be as wide as an 8B model's, so that what they save is what counts.
     """
 
-    def __init__(self, trainer, available, factor: float) -> None:
-        self.activations, self.factor, self.rehearsed = trainer.activations, factor, []
+    def __init__(self, trainer, available, factor: float | Callable[[tuple[str, ...]], float]) -> None:
+        self.activations, self.rehearsed = trainer.activations, []
+        self.factor = factor if callable(factor) else lambda choices: factor
         memory = self.activations.memory
         layer = replace(memory.model.layers[0], hidden=4096, query=4096, key=1024, intermediate=14336, gradients=0)
         memory = replace(memory, model=replace(memory.model, layers=(layer,) * LAYERS), optimizer=0)
@@ -319,7 +321,7 @@ class Device:
         plan = self.activations.plan.choices
         self.rehearsed.append(plan)
         memory = replace(self.activations.memory.before_first_step(), correction=1.0)
-        peak = memory.held + round(self.factor * (memory.peak(plan) - memory.held))
+        peak = memory.held + round(self.factor(plan) * (memory.peak(plan) - memory.held))
         fits = peak <= self.activations.room.available
         return Rehearsed(peak if fits else None, memory.held)
 
@@ -354,6 +356,18 @@ def test_a_plan_that_needs_less_than_predicted_becomes_faster(on_device):
     trainer.rehearse()
     assert trainer.activations.plan.choices == ("keep",) * LAYERS
     assert trainer.activations.plan.correction == pytest.approx(0.5, rel=1e-3)
+
+
+def test_choices_that_are_predicted_less_well_are_not_tried_again(on_device):
+    def factor(choices):
+        return {("lean",) * LAYERS: 1.3, ("checkpoint_host",) * LAYERS: 0.8}.get(choices, 2.0)
+
+    # Enough for lean as it is measured, not for what the margin adds.
+    trainer, device = on_device(lambda peak: round(1.31 * peak["lean"]), factor, policy="lean")
+    device.activations._apply(("lean",) * LAYERS)
+    trainer.rehearse()
+    assert len(set(device.rehearsed)) == len(device.rehearsed) > 1
+    assert trainer.activations.plan.choices == device.rehearsed[-1] == ("checkpoint_host",) * LAYERS
 
 
 def test_what_never_fits_is_one_sentence_with_numbers(on_device):

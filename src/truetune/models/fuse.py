@@ -193,7 +193,7 @@ def layer_forward(
     if self.training and self.gradient_checkpointing and not _CHECKPOINTED_BY_CALL:
         return self._gradient_checkpointing_func(functools.partial(run_layer, self, given, None), hidden_states)
     rows_K = loss_rows if hasattr(self, TAKES_ROWS) else None
-    with self.activations.saving() if hasattr(self, "activations") else nullcontext():
+    with self.activations.saving(position_embeddings) if hasattr(self, "activations") else nullcontext():
         if hasattr(self, "activations") and self.activations.checkpoint and torch.is_grad_enabled():
             return _checkpointed(self, given, rows_K, hidden_states)
         return run_layer(self, given, rows_K, hidden_states)

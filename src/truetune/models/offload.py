@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-SMALLEST = 2**23  # bytes; smaller ones (rotary tables, which all layers share; statistics) are not worth a copy
+SMALLEST = 2**23  # bytes; smaller ones are not worth a copy
 
 
 def pinned_bytes(num_bytes: int) -> int:
@@ -65,6 +65,7 @@ class _Saved:
 class _Layer:
     saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)  # by address and bytes
     stays: frozenset[int] = frozenset()  # widths of matrices that stay on the device
+    shared: frozenset[int] = frozenset()  # addresses of tensors that do
 
 
 class HostMemory:
@@ -86,14 +87,14 @@ class HostMemory:
         return HostMemory(self.device)
 
     @contextmanager
-    def saving(self, index: int, stays: frozenset[int] = frozenset()) -> Iterator[None]:
+    def saving(self, index: int, stays: frozenset[int] = frozenset(), shared: Sequence[Tensor] = ()) -> Iterator[None]:
         """Offloads what is saved in this context, the forward pass of layer `index`.
 
-        `stays`: widths of matrices that stay on the device.
+        `stays`: widths of matrices that stay on the device. `shared`: tensors of all layers, which stay too.
         """
         if index in self._layers:  # a forward pass whose backward pass never came
             self._drop(index)
-        self._layers[index] = _Layer(stays=stays)
+        self._layers[index] = _Layer(stays=stays, shared=frozenset(tensor.data_ptr() for tensor in shared))
         self._order.append(index)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._pack(index, tensor), self._unpack):
             yield
@@ -105,7 +106,7 @@ class HostMemory:
         if not tensor.is_cuda or num_bytes < SMALLEST or is_parameter or not tensor.is_contiguous():
             return tensor
         layer = self._layers[index]
-        if tensor.dim() == 2 and tensor.shape[1] in layer.stays:
+        if tensor.data_ptr() in layer.shared or (tensor.dim() == 2 and tensor.shape[1] in layer.stays):
             return tensor
         key = (tensor.data_ptr(), num_bytes)
         if key not in layer.saved:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from truetune.models.errors import ModelError
 from truetune.models.fuse import decoder_layers, layer_forward
@@ -60,10 +60,10 @@ class LayerActivations:
     host: HostMemory | None = None
     stays: frozenset[int] = frozenset()
 
-    def saving(self) -> AbstractContextManager[None]:
+    def saving(self, rotary_tables: Sequence[Tensor]) -> AbstractContextManager[None]:
         if self.host is None or not torch.is_grad_enabled():
             return nullcontext()
-        return self.host.saving(self.index, self.stays)
+        return self.host.saving(self.index, self.stays, shared=rotary_tables)
 
 
 def fused_layers(model: nn.Module) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from truetune.models.adapters import base_model
 from truetune.models.attention import ATTENTION_NAME, set_text_attention, use_varlen_attention
 from truetune.models.fuse import decoder_layers, fuse, unfuse
-from truetune.models.plan import fused_layers, set_activations
+from truetune.models.plan import fused_layers
 from truetune.proof.excerpt import IGNORE_INDEX, Document, num_supervised, packed
 from truetune.proof.receipt import BEHIND_ZEROS
 from truetune.proof.result import Check
@@ -254,7 +254,7 @@ def unfused(trainer: Any) -> Iterator[None]:
     model = trainer.model
     base = base_model(model)
     layers = fused_layers(model)
-    choices = trainer.activations.plan.choices if trainer.activations else ["keep"] * len(layers)
+    activations = [vars(layer).get("activations") for layer in layers]
     ours = base.config.get_text_config()._attn_implementation == ATTENTION_NAME
     if layers:
         unfuse(model)
@@ -272,7 +272,9 @@ def unfused(trainer: Any) -> Iterator[None]:
             use_varlen_attention(base)
         if layers:
             fuse(model)
-            set_activations(fused_layers(model), choices)
+            for layer, had in zip(layers, activations, strict=True):
+                if had is not None:  # not a plan made anew, whose host memory would be pinned a second time
+                    vars(layer)["activations"] = had
 
 
 @contextmanager

@@ -127,6 +127,7 @@ class Activations:
         self.memory = replace(self.memory, tokens=tokens)
         fitting: tuple[str, ...] | None = None
         failed: set[tuple[str, ...]] = set()
+        corrections: list[float] = []  # by what was measured
         for _ in range(MOST_REHEARSALS):
             choices = self.plan.choices
             found = self._agreed(rehearse(self.trainer, batch))
@@ -136,9 +137,10 @@ class Activations:
                 failed.add(choices)
                 self.memory = replace(self.memory, correction=self.memory.correction * 1.2)
             else:
-                self._learn(found, choices)
+                self._learn(found, choices, corrections)
             fits = found.peak is not None and self.memory.peak(choices) <= self.room.available
-            fitting = choices if fits else fitting
+            if fits and (fitting is None or self.room.fits(self.memory, choices)):
+                fitting = choices
             following = choose(self.policy, self.memory, self.room, self.rates) if self._may_change else choices
             if fits and (following in failed or not self._worth_it(following, choices)):
                 break
@@ -171,12 +173,14 @@ class Activations:
         assert self.room is not None
         return choose(self.policy, self.memory, replace(self.room, available=0), self.rates)
 
-    def _learn(self, found: Rehearsed, choices: tuple[str, ...]) -> None:
-        """Corrects the predictions by what was measured."""
+    def _learn(self, found: Rehearsed, choices: tuple[str, ...], corrections: list[float]) -> None:
+        """Corrects the predictions by what was measured; by the most so far, because choices are predicted more and
+        less well: with the last one's, two that take turns would each look better than the other."""
         assert found.peak is not None
         bare = replace(self.memory.before_first_step(), correction=1.0)
         predicted = bare.peak(choices) - bare.held
-        self.memory = replace(self.memory, correction=(found.peak - found.before) / max(1, predicted))
+        corrections.append((found.peak - found.before) / max(1, predicted))
+        self.memory = replace(self.memory, correction=max(corrections))
         self.plan.measured_peak = found.peak
         if found.layer_seconds:
             scale = found.layer_seconds / self.rates.forward
