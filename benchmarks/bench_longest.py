@@ -3,10 +3,11 @@
     python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S] [--gib 24]
 
 A system's peak memory at 16,384 and 32,768 tokens gives a line, and the line the length at which the device would be
-full. That length is tried, then shorter ones in steps of an eighth, until a step goes through: what ran is the result,
-and the line stands beside it. A step's time grows with the square of its document: where a whole device would take an
-hour a step, `--gib` gives either system a part of it (`set_per_process_memory_fraction`). Every length runs in a
-process of its own, on the inputs of `compare.py`.
+full. That length is tried, then shorter ones in steps of an eighth until a step goes through, or longer ones until one
+does not: a plan may save less of each token where memory is short. What ran is the result, the line stands beside it.
+A step's time grows with the square of its document: where a whole device would take an hour a step, `--gib` gives
+either system a part of it (`set_per_process_memory_fraction`). Every length runs in a process of its own, on the
+inputs of `compare.py`.
 """
 
 import argparse
@@ -108,12 +109,16 @@ def longest(system: str, options: argparse.Namespace) -> dict:
     a_token = (long["peak_gib"] - short["peak_gib"]) / (long["length"] - short["length"])
     full = short["length"] + (SPARE * short["device_gib"] - short["peak_gib"]) / a_token
     length = int(full) // 1024 * 1024
-    found = None
-    while found is None and length > long["length"]:
+    longest_run, shortest_failure = long, None
+    while length > longest_run["length"] and length != shortest_failure:
         found = run_apart(system, length, options)
         runs.append(found)
-        length = length * 7 // 8 // 1024 * 1024
-    longest_run = found or long
+        if found is None:
+            shortest_failure = length
+            length = length * 7 // 8 // 1024 * 1024
+        else:
+            longest_run = found
+            length = length if shortest_failure else length * 9 // 8 // 1024 * 1024
     return {
         "system": system,
         "longest": longest_run["length"],
