@@ -225,3 +225,26 @@ def test_the_reference_takes_short_documents_together_with_the_same_result(make,
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-9)
     for name, gradient in results[0].of.items():
         torch.testing.assert_close(gradient, results[1].of[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as tf32=True sets it", "allow_tf32"])
+def test_tf32_is_off_for_the_exact_gradients_alone(make, verdicts, older):
+    """CUDA's setting can be made without a GPU; the two ways to make it do not mix."""
+    settings = torch.backends.cuda.matmul
+    seen = set()
+    try:
+        if older:
+            settings.allow_tf32 = True
+        else:
+            settings.fp32_precision = "tf32"
+        trainer = make(preflight="quick")
+        handle = trainer.model.register_forward_hook(lambda *_: seen.add(settings.fp32_precision))
+        assert verdicts(trainer.preflight())["reference parity"] == "pass"
+        handle.remove()
+        assert settings.fp32_precision == "tf32"
+        assert seen == {"tf32", "ieee"}
+        if older:
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        settings.allow_tf32 = False
+    assert torch.get_float32_matmul_precision() == "highest"

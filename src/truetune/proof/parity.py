@@ -155,13 +155,23 @@ def exact_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
     model = trainer.model
     no_fp64 = has_experts(model) or any(type(module).__name__ in QUANTIZED for module in model.modules())
     dtype = torch.float32 if no_fp64 or in_half(trainer) else torch.float64
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with ieee_products(), torch.autocast(trainer.args.device.type, enabled=False), widened(model, dtype) as wide:
+        return _apart(trainer, documents, wide)
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Products of fp32 matrices without TF32. By the settings that `tf32=True` makes: PyTorch's older functions raise
+    once those were used."""
+    settings: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
-        with torch.autocast(trainer.args.device.type, enabled=False), widened(model, dtype) as wide:
-            return _apart(trainer, documents, wide)
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _apart(trainer: Any, documents: Sequence[Document], forward: Any) -> Gradients:
