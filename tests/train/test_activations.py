@@ -299,6 +299,20 @@ def test_the_largest_batch_is_rehearsed(make):
     assert "not rehearsed" in line(padded).why
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the device's allocator is asked")
+def test_memory_that_lies_apart_is_joined_where_it_is_short(make):
+    def grows() -> bool:
+        torch.cuda.empty_cache()
+        wide = torch.empty(2**26, device="cuda")
+        segments = torch.cuda.memory_snapshot()
+        return next(s["is_expandable"] for s in segments if 0 <= wide.data_ptr() - s["address"] < s["total_size"])
+
+    make(activation_policy="keep")
+    assert not grows()
+    make(activation_policy="lean")
+    assert grows()
+
+
 class Device:
     """A device of `available` bytes, for which predictions are wrong by the `factor` of choices: it answers rehearsals.
 

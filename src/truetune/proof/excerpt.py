@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from truetune.data.collate import collate_documents
 
@@ -14,15 +15,18 @@ Document = dict[str, list[int]]  # input_ids and labels
 
 def documents_of(batch: Mapping[str, Any]) -> list[Document]:
     """The documents of a packed batch, or the rows of a padded one without their padding."""
+    return [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in parts_of(batch)]
+
+
+def parts_of(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of each of `documents_of`, as they lie in the batch."""
     ids, labels = batch["input_ids"], batch["labels"]
     if "cu_seq_lens_q" in batch:
         ends = batch["cu_seq_lens_q"].tolist()
-        parts = [(ids[0, a:b], labels[0, a:b]) for a, b in itertools.pairwise(ends)]
-    else:
-        mask = batch.get("attention_mask")
-        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        parts = [(row[kept], label[kept]) for row, label, kept in zip(ids, labels, keep, strict=True)]
-    return [{"input_ids": row.tolist(), "labels": label.tolist()} for row, label in parts]
+        return [(ids[0, a:b], labels[0, a:b]) for a, b in itertools.pairwise(ends)]
+    mask = batch.get("attention_mask")
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return [(row[kept], label[kept]) for row, label, kept in zip(ids, labels, keep, strict=True)]
 
 
 def excerpt(documents: Sequence[Document], tokens: int, at_least: int) -> list[Document]:

@@ -163,7 +163,8 @@ def exact_gradients(trainer: Any, documents: Sequence[Document]) -> Gradients:
 def ieee_products() -> Iterator[None]:
     """Products of fp32 matrices without TF32. By the settings that `tf32=True` makes: PyTorch's older functions raise
     once those were used."""
-    settings: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

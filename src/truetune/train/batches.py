@@ -6,10 +6,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from truetune.data.collate import UnpaddingCollator, collate_documents, unpad
-from truetune.proof.excerpt import documents_of
+from truetune.data.collate import UnpaddingCollator, collate_documents
+from truetune.proof.excerpt import parts_of
 from truetune.proof.supervision import Documents
+
+COLLATED = 64  # rows at a time, whose labels are looked at
 
 
 def document_lengths(documents: datasets.Dataset) -> np.ndarray:
@@ -66,8 +69,12 @@ def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[s
 
 def batch_of_rows(trainer: Any, dataset: datasets.Dataset, which: Iterable[int]) -> dict[str, Any]:
     rows = trainer._remove_unused_columns(dataset, description="rehearsal")
-    collate = trainer.data_collator if trainer._unpadding_off else UnpaddingCollator(trainer.data_collator)
+    collate = trainer.data_collator if trainer._unpadding_off else unpadding(trainer.data_collator)
     return collate([rows[i] for i in which])
+
+
+def unpadding(collator: Any) -> UnpaddingCollator:
+    return UnpaddingCollator(collator, reads_lists=type(collator) is DataCollatorForLanguageModeling)
 
 
 def has_trl_collator(trainer: Any) -> bool:
@@ -92,13 +99,14 @@ def loads_without_effects(trainer: Any) -> bool:
 def documents_of_rows(trainer: Any, dataset: datasets.Dataset, most: int | None) -> Documents:
     """The first `most` rows as TRL's collator labels them; of rows that were packed, their documents."""
     rows = trainer._remove_unused_columns(dataset, description="audit")
+    indices = range(min(len(rows), most or len(rows)))
+    collate = unpadding(trainer.data_collator)
     found = [
         document
-        for index in range(min(len(rows), most or len(rows)))
-        for document in documents_of(unpad(trainer.data_collator([rows[index]])))
+        for first in indices[::COLLATED]
+        for document in parts_of(collate([rows[i] for i in indices[first : first + COLLATED]]))
     ]
-    ids, labels = ([np.array(document[name], np.int32) for document in found] for name in ("input_ids", "labels"))
-    return Documents(ids, labels)
+    return Documents([ids.numpy() for ids, _ in found], [labels.numpy() for _, labels in found])
 
 
 def evaluation_documents(trainer: Any, most: int | None) -> Documents | None:

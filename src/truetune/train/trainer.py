@@ -18,9 +18,8 @@ import trl
 from peft import PeftModel
 from rich.console import Console
 from transformers.trainer_utils import has_length
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from truetune.data.collate import UnpaddingCollator, remember_labels, renew_loss_rows, why_padded
+from truetune.data.collate import remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, base_model, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fuse import decoder_layers, fuse, unfuse
@@ -39,6 +38,7 @@ from truetune.train.batches import (
     loads_without_effects,
     planned_steps,
     row_lengths,
+    unpadding,
 )
 from truetune.train.checkpoints import forget_files, last_checkpoint, list_files, load_other_names, refuse_cut_short
 from truetune.train.config import own_setting
@@ -352,8 +352,7 @@ class SFTTrainer(QuietTrainer):
         collator, loaders = self.data_collator, self.accelerator.dataloader_config
         dispatch = loaders.dispatch_batches
         if wanted and self._ours and self._unpadding_off is None:
-            reads_lists = type(collator) is DataCollatorForLanguageModeling
-            self.data_collator, loaders.dispatch_batches = UnpaddingCollator(collator, reads_lists), False
+            self.data_collator, loaders.dispatch_batches = unpadding(collator), False
         try:
             yield
         finally:
