@@ -373,6 +373,8 @@ def test_a_plan_that_needs_less_than_predicted_becomes_faster(on_device):
 
 
 def test_choices_that_are_predicted_less_well_are_not_tried_again(on_device):
+    """All of lean needs more than predicted, a mix runs out of memory, and the leanest alone has its margin."""
+
     def factor(choices):
         return {("lean",) * LAYERS: 1.3, ("checkpoint_host",) * LAYERS: 0.8}.get(choices, 2.0)
 
@@ -382,6 +384,20 @@ def test_choices_that_are_predicted_less_well_are_not_tried_again(on_device):
     trainer.rehearse()
     assert len(set(device.rehearsed)) == len(device.rehearsed) > 1
     assert trainer.activations.plan.choices == device.rehearsed[-1] == ("checkpoint_host",) * LAYERS
+    assert trainer.activations.plan.correction == pytest.approx(0.8, rel=1e-3)  # its own, not the worst
+
+
+def test_a_plan_without_its_margin_gives_way_to_a_leaner_one_that_was_not_predicted_to_have_it(on_device):
+    lean = ("lean",) * LAYERS
+    trainer, device = on_device(
+        lambda peak: round(1.35 * peak["lean"]), lambda choices: 1.3 if choices == lean else 0.8, policy="lean"
+    )
+    activations = device.activations
+    activations.room = replace(activations.room, device=6 * activations.room.available)
+    activations._apply(lean)
+    trainer.rehearse()
+    assert device.rehearsed == [lean, activations.plan.choices]
+    assert activations.room.fits(activations.memory, activations.plan.choices)
 
 
 def test_what_never_fits_is_one_sentence_with_numbers(on_device):

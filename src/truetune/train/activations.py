@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "activation_plan.json"
 MOST_REHEARSALS = 5
 ROUNDED_AT_A_TIME = 2**26  # elements that stochastic rounding has in fp32 at once
+DOUBT = 1.2  # of predictions, for each plan that ran out of memory
 WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
 
 
@@ -97,6 +98,8 @@ class Activations:
         self.room = self._room()
         self.rates = self._estimated_rates()
         self.notes: list[str] = []
+        self._corrections: dict[tuple[str, ...], float] = {}  # what was measured over what was predicted
+        self._failed: set[tuple[str, ...]] = set()
         if policy in POLICIES:
             # On a CPU there is nothing to gain: all memory is the host's, and recomputing costs what it costs.
             chosen = choose(policy, self.memory, self.room, self.rates) if self.room else self._without_gpu(policy)
@@ -134,28 +137,27 @@ class Activations:
             raise TrainError(f"The data has token ids that the model has no embedding for: {OTHER_TOKENIZER}.")
         tokens = batch["input_ids"].numel()
         self.memory = replace(self.memory, tokens=tokens)
+        self._failed.clear()
         fitting: tuple[str, ...] | None = None
-        failed: set[tuple[str, ...]] = set()
-        corrections: list[float] = []  # by what was measured
         for _ in range(MOST_REHEARSALS):
             choices = self.plan.choices
             found = self._agreed(rehearse(self.trainer, batch))
             if self.room is None:
                 break
             if found.peak is None:
-                failed.add(choices)
-                self.memory = replace(self.memory, correction=self.memory.correction * 1.2)
+                self._failed.add(choices)
+                self.memory = self._memory_under(choices)
             else:
-                self._learn(found, choices, corrections)
+                self._learn(found, choices)
             fits = found.peak is not None and self.memory.peak(choices) <= self.room.available
             if fits and (fitting is None or self.room.fits(self.memory, choices)):
                 fitting = choices
-            following = choose(self.policy, self.memory, self.room, self.rates) if self._may_change else choices
-            if fits and (following in failed or not self._worth_it(following, choices)):
+            following = choose(self.policy, self._untried, self.room, self.rates) if self._may_change else choices
+            if fits and (following in self._failed or not self._worth_it(following, choices)):
                 break
-            if following == choices or following in failed:
+            if following == choices or following in self._failed:
                 following = self._leanest if self._may_change else choices
-            if following == choices or following in failed:
+            if following == choices or following in self._failed:
                 raise TrainError(self._does_not_fit())
             self._apply(following)
         else:
@@ -172,24 +174,36 @@ class Activations:
         if following == choices:
             return False
         assert self.room is not None
+        then = self._memory_under(following)
         if not self.room.fits(self.memory, choices):  # it ran, but nearer to the edge than the margin allows
-            return self.room.fits(self.memory, following)
-        now, then = (layer_seconds(self.memory, each, self.rates) for each in (choices, following))
-        return then < now * (1 - WORTH_IT)
+            return self.room.needed(then, following) < self.room.needed(self.memory, choices)
+        now = layer_seconds(self.memory, choices, self.rates)
+        return layer_seconds(then, following, self.rates) < now * (1 - WORTH_IT)
 
     @property
     def _leanest(self) -> tuple[str, ...]:
         assert self.room is not None
-        return choose(self.policy, self.memory, replace(self.room, available=0), self.rates)
+        return choose(self.policy, self._untried, replace(self.room, available=0), self.rates)
 
-    def _learn(self, found: Rehearsed, choices: tuple[str, ...], corrections: list[float]) -> None:
-        """Corrects the predictions by what was measured; by the most so far, because choices are predicted more and
-        less well: with the last one's, two that take turns would each look better than the other."""
+    @property
+    def _untried(self) -> StepMemory:
+        """Corrected by the worst that was measured, because choices are predicted more and less well: with the last
+        one's correction, two that take turns would each look better than the other."""
+        correction = max(self._corrections.values(), default=1.0) * DOUBT ** len(self._failed)
+        return replace(self.memory, correction=correction)
+
+    def _memory_under(self, choices: tuple[str, ...]) -> StepMemory:
+        """Corrected by what was measured of these choices, where they were tried."""
+        measured = self._corrections.get(choices)
+        return self._untried if measured is None else replace(self.memory, correction=measured)
+
+    def _learn(self, found: Rehearsed, choices: tuple[str, ...]) -> None:
+        """Corrects the predictions by what was measured."""
         assert found.peak is not None
         bare = replace(self.memory.before_first_step(), correction=1.0)
         predicted = bare.peak(choices) - bare.held
-        corrections.append((found.peak - found.before) / max(1, predicted))
-        self.memory = replace(self.memory, correction=max(corrections))
+        self._corrections[choices] = (found.peak - found.before) / max(1, predicted)
+        self.memory = self._memory_under(choices)
         self.plan.measured_peak = found.peak
         if found.layer_seconds:
             scale = found.layer_seconds / self.rates.forward
@@ -280,6 +294,7 @@ class Activations:
         if self.on_gpu and set(choices) != {"keep"}:
             _let_segments_grow()
         set_activations(self.layers, choices)
+        self.memory = self._memory_under(choices)
         self.plan = ActivationPlan(self.plan.policy, choices)
         self._describe()
 
