@@ -95,7 +95,8 @@ class Run:
         process = self.start(*options)
         _wait_for_imports(process)
         process.join(seconds)
-        process.kill()
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), self.said
         return process.exitcode != 0
@@ -155,6 +156,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _work(words: list[str], log: str, kill_at: tuple[str, int] | None, has_imported: Any) -> None:
+    os.setpgrp()  # processes that it starts to collate end with it: their own parent is a server that lives on
     for module in PRELOADED:  # a spawned process has imported only what this file does
         importlib.import_module(module)
     has_imported.set()
@@ -169,7 +171,7 @@ def _work(words: list[str], log: str, kill_at: tuple[str, int] | None, has_impor
 
 
 def _die() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
     while True:  # until the signal has come
         time.sleep(1)
 
