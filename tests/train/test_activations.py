@@ -400,6 +400,18 @@ def test_a_plan_without_its_margin_gives_way_to_a_leaner_one_that_was_not_predic
     assert activations.room.fits(activations.memory, activations.plan.choices)
 
 
+def test_a_plan_without_its_margin_is_kept_where_the_leaner_ones_run_out_of_memory(on_device):
+    lean = ("lean",) * LAYERS
+    trainer, device = on_device(
+        lambda peak: round(1.31 * peak["lean"]), lambda choices: 1.3 if choices == lean else 2.5, policy="lean"
+    )
+    device.activations._apply(lean)
+    trainer.rehearse()
+    assert len(device.rehearsed) > 1
+    assert trainer.activations.plan.choices == lean
+    assert trainer.activations.plan.correction == pytest.approx(1.3, rel=1e-3)
+
+
 def test_what_never_fits_is_one_sentence_with_numbers(on_device):
     trainer, device = on_device(lambda peak: round(0.75 * min(peak.values())), 1.0)
     with pytest.raises(TrainError, match="GiB are there: lower per_device_train_batch_size from 2 to 1"):

@@ -146,6 +146,7 @@ class Activations:
                 break
             if found.peak is None:
                 self._failed.add(choices)
+                self._corrections.pop(choices, None)  # of an earlier rehearsal
                 self.memory = self._memory_under(choices)
             else:
                 self._learn(found, choices)
@@ -158,7 +159,10 @@ class Activations:
             if following == choices or following in self._failed:
                 following = self._leanest if self._may_change else choices
             if following == choices or following in self._failed:
-                raise TrainError(self._does_not_fit())
+                if fitting is None:
+                    raise TrainError(self._does_not_fit())
+                self._apply(fitting)
+                break
             self._apply(following)
         else:
             if fitting is None:
