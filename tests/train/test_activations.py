@@ -412,6 +412,23 @@ def test_a_plan_without_its_margin_is_kept_where_the_leaner_ones_run_out_of_memo
     assert trainer.activations.plan.correction == pytest.approx(1.3, rel=1e-3)
 
 
+def test_of_plans_without_their_margin_the_one_that_needs_least_is_taken(on_device):
+    lean = ("lean",) * LAYERS
+
+    def factor(choices):  # all others need more, as measured
+        memory = replace(device.activations.memory.before_first_step(), correction=1.0)
+        return 1.25 if choices == lean else 1.34 * memory.peak(lean) / memory.peak(choices)
+
+    trainer, device = on_device(lambda peak: round(1.35 * peak["lean"]), factor, policy="lean")
+    activations = device.activations
+    activations.room = replace(activations.room, device=6 * activations.room.available)
+    activations._apply(lean)
+    trainer.rehearse()
+    assert len(device.rehearsed) > 1
+    assert activations.plan.choices == lean
+    assert activations.plan.measured_peak is not None
+
+
 def test_what_never_fits_is_one_sentence_with_numbers(on_device):
     trainer, device = on_device(lambda peak: round(0.75 * min(peak.values())), 1.0)
     with pytest.raises(TrainError, match="GiB are there: lower per_device_train_batch_size from 2 to 1"):

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "activation_plan.json"
 MOST_REHEARSALS = 5
 ROUNDED_AT_A_TIME = 2**26  # elements that stochastic rounding has in fp32 at once
-DOUBT = 1.2  # of predictions, for each plan that ran out of memory
+DOUBT = 1.2  # of predictions, for each plan that ran out of memory since the last that did not
 WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
 
 
@@ -99,7 +99,9 @@ class Activations:
         self.rates = self._estimated_rates()
         self.notes: list[str] = []
         self._corrections: dict[tuple[str, ...], float] = {}  # what was measured over what was predicted
+        self._peaks: dict[tuple[str, ...], int] = {}
         self._failed: set[tuple[str, ...]] = set()
+        self._doubt = 1.0
         if policy in POLICIES:
             # On a CPU there is nothing to gain: all memory is the host's, and recomputing costs what it costs.
             chosen = choose(policy, self.memory, self.room, self.rates) if self.room else self._without_gpu(policy)
@@ -137,8 +139,8 @@ class Activations:
             raise TrainError(f"The data has token ids that the model has no embedding for: {OTHER_TOKENIZER}.")
         tokens = batch["input_ids"].numel()
         self.memory = replace(self.memory, tokens=tokens)
-        self._failed.clear()
-        fitting: tuple[str, ...] | None = None
+        self._corrections, self._peaks, self._failed, self._doubt = {}, {}, set(), 1.0
+        fitting: list[tuple[str, ...]] = []
         for _ in range(MOST_REHEARSALS):
             choices = self.plan.choices
             found = self._agreed(rehearse(self.trainer, batch))
@@ -146,33 +148,42 @@ class Activations:
                 break
             if found.peak is None:
                 self._failed.add(choices)
-                self._corrections.pop(choices, None)  # of an earlier rehearsal
+                self._doubt *= DOUBT
                 self.memory = self._memory_under(choices)
             else:
                 self._learn(found, choices)
             fits = found.peak is not None and self.memory.peak(choices) <= self.room.available
-            if fits and (fitting is None or self.room.fits(self.memory, choices)):
-                fitting = choices
+            if fits:
+                fitting.append(choices)
             following = choose(self.policy, self._untried, self.room, self.rates) if self._may_change else choices
             if fits and (following in self._failed or not self._worth_it(following, choices)):
                 break
             if following == choices or following in self._failed:
                 following = self._leanest if self._may_change else choices
             if following == choices or following in self._failed:
-                if fitting is None:
-                    raise TrainError(self._does_not_fit())
-                self._apply(fitting)
                 break
             self._apply(following)
-        else:
-            if fitting is None:
+        if self.room is not None:
+            if not fitting:
                 raise TrainError(self._does_not_fit())
-            self._apply(fitting)
+            self._settle(fitting)
         self._rehearse_evaluation()
 
     @property
     def _may_change(self) -> bool:
         return self.policy in ("auto", "lean", "offload")
+
+    def _settle(self, fitting: list[tuple[str, ...]]) -> None:
+        """On the fastest of the plans that have their margin; where none has, on the one that needs least."""
+        assert self.room is not None
+        room, under = self.room, self._memory_under
+        roomy = [choices for choices in fitting if room.fits(under(choices), choices)]
+        if roomy:
+            best = min(roomy, key=lambda choices: layer_seconds(under(choices), choices, self.rates))
+        else:
+            best = min(fitting, key=lambda choices: room.needed(under(choices), choices))
+        if best != self.plan.choices:
+            self._apply(best)
 
     def _worth_it(self, following: tuple[str, ...], choices: tuple[str, ...]) -> bool:
         if following == choices:
@@ -193,8 +204,7 @@ class Activations:
     def _untried(self) -> StepMemory:
         """Corrected by the worst that was measured, because choices are predicted more and less well: with the last
         one's correction, two that take turns would each look better than the other."""
-        correction = max(self._corrections.values(), default=1.0) * DOUBT ** len(self._failed)
-        return replace(self.memory, correction=correction)
+        return replace(self.memory, correction=max(self._corrections.values(), default=1.0) * self._doubt)
 
     def _memory_under(self, choices: tuple[str, ...]) -> StepMemory:
         """Corrected by what was measured of these choices, where they were tried."""
@@ -207,8 +217,9 @@ class Activations:
         bare = replace(self.memory.before_first_step(), correction=1.0)
         predicted = bare.peak(choices) - bare.held
         self._corrections[choices] = (found.peak - found.before) / max(1, predicted)
+        self._peaks[choices] = self.plan.measured_peak = found.peak
+        self._doubt = 1.0
         self.memory = self._memory_under(choices)
-        self.plan.measured_peak = found.peak
         if found.layer_seconds:
             scale = found.layer_seconds / self.rates.forward
             self.rates = replace(
@@ -299,7 +310,7 @@ class Activations:
             _let_segments_grow()
         set_activations(self.layers, choices)
         self.memory = self._memory_under(choices)
-        self.plan = ActivationPlan(self.plan.policy, choices)
+        self.plan = ActivationPlan(self.plan.policy, choices, measured_peak=self._peaks.get(choices))
         self._describe()
 
     def _describe(self) -> None:
