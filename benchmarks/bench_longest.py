@@ -109,16 +109,14 @@ def longest(system: str, options: argparse.Namespace) -> dict:
     a_token = (long["peak_gib"] - short["peak_gib"]) / (long["length"] - short["length"])
     full = short["length"] + (SPARE * short["device_gib"] - short["peak_gib"]) / a_token
     length = int(full) // 1024 * 1024
-    longest_run, shortest_failure = long, None
-    while length > longest_run["length"] and length != shortest_failure:
+    longest_run, failed = long, False
+    while length > longest_run["length"]:
         found = run_apart(system, length, options)
         runs.append(found)
-        if found is None:
-            shortest_failure = length
-            length = length * 7 // 8 // 1024 * 1024
-        else:
-            longest_run = found
-            length = length if shortest_failure else length * 9 // 8 // 1024 * 1024
+        longest_run, failed = found or longest_run, failed or found is None
+        if found and failed:
+            break
+        length = length * (9 if found else 7) // 8 // 1024 * 1024
     return {
         "system": system,
         "longest": longest_run["length"],

@@ -26,7 +26,9 @@ SMALL = {
 PRECISIONS = ("bf16", "bf16 again", "fp8", "nf4")
 
 
-def train(model, tokenizer, rows: list[dict], steps: int, *, lora: bool, learning_rate: float, length: int, seed=0):
+def train(
+    model, tokenizer, rows: list[dict], steps: int, *, lora: bool, learning_rate: float, length: int, seed: int = 0
+):
     """Losses of each step, and the trained model."""
     import torch
     from datasets import Dataset
@@ -82,7 +84,7 @@ def main() -> None:
         small.to(torch.bfloat16).save_pretrained(bases["trained"])
         tokenizer.save_pretrained(bases["trained"])
         rows = rows[half:]
-    results = []
+    results, bf16 = [], []
     for base in options.bases.split(","):
         for seed in (int(seed) for seed in options.seeds.split(",")):
             for precision in PRECISIONS:
@@ -90,12 +92,13 @@ def main() -> None:
                 model = load_model(bases[base], precision.split()[0])
                 losses, _ = train(model, tokenizer, rows, options.steps, lora=True, learning_rate=2e-4,
                                   length=options.length, seed=seed)  # fmt: skip
-                off = 0.0 if precision == "bf16" else reduction(losses) / results[-1]["bf16"] - 1
-                bf16 = reduction(losses) if precision == "bf16" else results[-1]["bf16"]
+                bf16 = losses if precision == "bf16" else bf16
+                off = reduction(losses) / reduction(bf16) - 1
+                distance = statistics.mean(abs(ours - its) for ours, its in zip(losses, bf16, strict=True))
                 results.append({"base": base, "seed": seed, "precision": precision, "reduction": reduction(losses),
-                                "bf16": bf16, "off": off, "losses": losses})  # fmt: skip
+                                "off": off, "distance": distance, "losses": losses})  # fmt: skip
                 print(f"{base:8} seed {seed} {precision:10} loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
-                      f"reduction {off:+.2%} of bf16's", flush=True)  # fmt: skip
+                      f"reduction {off:+.2%} of bf16's, losses {distance:.5f} from its", flush=True)  # fmt: skip
                 if options.out:
                     record = {
                         "command": "python " + " ".join(sys.argv),

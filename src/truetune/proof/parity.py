@@ -166,9 +166,9 @@ def ieee_products() -> Iterator[None]:
     backends: Any = torch.backends
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
         for setting, precision in zip(settings, before, strict=True):

@@ -74,12 +74,12 @@ def step_memory(
     )
 
 
-def _let_segments_grow() -> None:
+def _let_segments_grow(wanted: bool) -> None:
     """PyTorch's allocator then joins free memory that lies apart, of which there was a tenth of the device where a long
-    document was trained (8B, 70,656 tokens, 16 GiB). Settings of the user's own stay. Not for CUDA graphs, whose plan
-    is `keep`."""
+    document was trained (8B, 70,656 tokens, 16 GiB). What the environment says of the allocator stays. Not wanted for
+    CUDA graphs, whose plan is `keep`."""
     if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
 
 
 class Activations:
@@ -306,8 +306,8 @@ class Activations:
     # -- putting it in, and saying so
 
     def _apply(self, choices: tuple[str, ...]) -> None:
-        if self.on_gpu and set(choices) != {"keep"}:
-            _let_segments_grow()
+        if self.on_gpu:
+            _let_segments_grow(set(choices) != {"keep"})
         set_activations(self.layers, choices)
         self.memory = self._memory_under(choices)
         self.plan = ActivationPlan(self.plan.policy, choices, measured_peak=self._peaks.get(choices))
