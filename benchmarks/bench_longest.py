@@ -1,10 +1,11 @@
 """The longest single document that one training step takes, beside Unsloth: 8B, QLoRA r16, least memory.
 
-    python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S] [--gib 24]
+    python benchmarks/bench_longest.py --systems truetune,unsloth --out FILE [--limit S] [--gib 24] [--first TOKENS]
 
 A system's peak memory at 16,384 and 32,768 tokens gives a line, and the line the length at which the device would be
 full. That length is tried, then shorter ones in steps of an eighth until a step goes through, or longer ones until one
 does not: a plan may save less of each token where memory is short. What ran is the result, the line stands beside it.
+`--first`, known from an earlier run, is where the search begins without a line.
 A step's time grows with the square of its document: where a whole device would take an hour a step, `--gib` gives
 either system a part of it (`set_per_process_memory_fraction`). Every length runs in a process of its own, on the
 inputs of `compare.py`.
@@ -102,28 +103,32 @@ def run_apart(system: str, length: int, options: argparse.Namespace) -> dict | N
 
 
 def longest(system: str, options: argparse.Namespace) -> dict:
+    if options.first:
+        return {"system": system, **_search(system, options.first, [], options)}
     runs = [run_apart(system, length, options) for length in MEASURED]
     if None in runs:
         return {"system": system, "runs": [run for run in runs if run], "longest": None}
     short, long = (run for run in runs if run)
     a_token = (long["peak_gib"] - short["peak_gib"]) / (long["length"] - short["length"])
     full = short["length"] + (SPARE * short["device_gib"] - short["peak_gib"]) / a_token
-    length = int(full) // 1024 * 1024
-    longest_run, failed = long, False
-    while length > longest_run["length"]:
+    found = _search(system, int(full) // 1024 * 1024, runs, options)
+    return {"system": system, "by_the_line": int(full), "kib_a_token": round(a_token * 2**20, 2), **found}
+
+
+def _search(system: str, length: int, runs: list[dict], options: argparse.Namespace) -> dict:
+    """From `length` up or down in steps of an eighth; `runs` went through before."""
+    longest_run, failed = max((run["length"] for run in runs), default=0), []
+    while length > longest_run:
         found = run_apart(system, length, options)
-        runs.append(found)
-        longest_run, failed = found or longest_run, failed or found is None
+        if found:
+            runs.append(found)
+            longest_run = length
+        else:
+            failed.append(length)
         if found and failed:
             break
         length = length * (9 if found else 7) // 8 // 1024 * 1024
-    return {
-        "system": system,
-        "longest": longest_run["length"],
-        "by_the_line": int(full),
-        "kib_a_token": round(a_token * 2**20, 2),
-        "runs": [run for run in runs if run],
-    }
+    return {"longest": longest_run or None, "failed": failed, "runs": runs}
 
 
 def main() -> None:
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--peer-path", default="")
     parser.add_argument("--limit", type=float, help="seconds that one length may take")
     parser.add_argument("--gib", type=float, help="of the device's memory, that either system may use")
+    parser.add_argument("--first", type=int, help="tokens of the first document tried")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
