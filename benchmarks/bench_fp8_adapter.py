@@ -10,16 +10,15 @@ with `triton.testing.do_bench`.
 Letters of tensor shapes: T tokens, K input features, N output features, R rank.
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bandwidth import parse_arguments, write
+from truetune.ops.backend import cdiv, num_multiprocessors
 from truetune.ops.fp8 import Fp8Weight, fp8_linear, quantize_rows
 from truetune.ops.lora import low_rank_product
 
@@ -61,8 +60,8 @@ def fp8_adapter(x8_TK, x_scale_T, weight: Fp8Weight, xa_TR, b_NR, out_TN, config
     """out = x @ weight.T + xa @ b.T, in fp32 until it is rounded to bf16 once."""
     block_t, block_n, block_k, warps, stages = configuration
     (tokens, K), N = x8_TK.shape, out_TN.shape[1]
-    tiles = triton.cdiv(tokens, block_t) * triton.cdiv(N, block_n)
-    programs = min(tiles, torch.cuda.get_device_properties(x8_TK.device).multi_processor_count if x8_TK.is_cuda else 2)
+    tiles = cdiv(tokens, block_t) * cdiv(N, block_n)
+    programs = min(tiles, num_multiprocessors(x8_TK.device))
     _fp8_adapter_kernel[(programs,)](
         TensorDescriptor.from_tensor(x8_TK, [block_t, block_k]),
         TensorDescriptor.from_tensor(weight.weight8_NK, [block_n, block_k]),
@@ -129,19 +128,10 @@ def measure(K: int, N: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    arguments = parse_arguments(__doc__)
+    if torch.cuda.get_device_capability() < (9, 0):
         sys.exit("benchmarks/bench_fp8_adapter.py needs a Hopper GPU or newer: its operands come by TMA.")
-    results = [measure(K, N) for K, N in SHAPES]
-    if arguments.out:
-        head = {
-            "command": f"python benchmarks/bench_fp8_adapter.py --out {arguments.out}",
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-        }
-        arguments.out.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+    write(arguments.out, [measure(K, N) for K, N in SHAPES])
 
 
 if __name__ == "__main__":

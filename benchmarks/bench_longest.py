@@ -117,18 +117,18 @@ def longest(system: str, options: argparse.Namespace) -> dict:
 
 def _search(system: str, length: int, runs: list[dict], options: argparse.Namespace) -> dict:
     """From `length` up or down in steps of an eighth; `runs` went through before."""
-    longest_run, failed = max((run["length"] for run in runs), default=0), []
-    while length > longest_run:
+    reached, failed = max((run["length"] for run in runs), default=0), []
+    while length > reached:
         found = run_apart(system, length, options)
         if found:
             runs.append(found)
-            longest_run = length
+            reached = length
         else:
             failed.append(length)
         if found and failed:
             break
         length = length * (9 if found else 7) // 8 // 1024 * 1024
-    return {"longest": longest_run or None, "failed": failed, "runs": runs}
+    return {"longest": reached or None, "failed": failed, "runs": runs}
 
 
 def main() -> None:
