@@ -1,7 +1,9 @@
 """What is fused and what is left as it is: adapters of every kind, hooks, caches, copies, layers that are not known."""
 
 import copy
+import functools
 import importlib
+import pickle
 import types
 
 import pytest
@@ -172,7 +174,9 @@ def test_hooks_and_replaced_forwards_are_kept():
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append("hook"))
     attention = model.model.layers[0].self_attn
-    attention.forward = types.MethodType(type(attention).forward, attention)
+    attention.forward = types.MethodType(
+        lambda self, *given, **named: type(self).forward(self, *given, **named), attention
+    )
     report = assert_fused_equals_unfused(model, inputs)
     assert len(seen) == 2 and len(report.left) == 2
     adapted = with_lora(make("llama"))
@@ -197,6 +201,23 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_parameters():
             parameter.zero_()
     assert torch.equal(model(**inputs).logits, before)
     assert not copied(**inputs).logits.any()
+
+
+def test_a_fused_model_that_was_pickled_whole_loads_as_its_class_has_it():
+    model = with_lora(make("qwen3"))
+    fuse(model)
+    inputs = packed_batch()
+    fused = model(**inputs).logits
+    loaded = pickle.loads(pickle.dumps(model))
+    assert unfuse(copy.deepcopy(loaded)) == 0
+    loaded(**inputs).logits.sum().backward()
+    loaded.zero_grad()
+    plain = loaded.train()(**inputs).logits
+    unfuse(model)
+    assert torch.equal(plain, model(**inputs).logits)
+    report = fuse(loaded)
+    assert report.in_effect == fuse(model).in_effect and not report.left
+    assert torch.equal(loaded(**inputs).logits, fused)
 
 
 def test_every_module_has_the_mode_that_was_asked_for_and_none_is_asked_twice(monkeypatch):
@@ -258,7 +279,7 @@ def test_a_class_that_has_its_own_parameters_keeps_them(name):
 @pytest.mark.parametrize("name", ["train", "zero_grad", "parameters"])
 def test_what_somebody_else_bound_to_a_model_stays(name):
     model = make("qwen3")
-    own = getattr(model, name)
+    own = functools.partial(getattr(model, name))
     setattr(model, name, own)
     fuse(model)
     unfuse(model)

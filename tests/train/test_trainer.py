@@ -1,5 +1,7 @@
 """What the trainer does with TRL's options: ours, passed through and said so, stock TRL and said so, or refused."""
 
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -311,6 +313,23 @@ def test_a_second_trainer_on_the_same_model_trains_and_generates(make, tokenizer
     assert second.report.fused_losses == 2
     assert line(second, "adapter").in_effect == line(first, "adapter").in_effect
     assert second.model(input_ids=torch.arange(5)[None]).logits.shape == (1, 5, len(tokenizer))
+
+
+def test_a_model_that_was_saved_whole_loads_and_is_trained_again(make, tmp_path):
+    """A method bound in the place of the class's would be saved, and not found when the file is loaded."""
+    first = make(peft=LoraConfig(r=2, target_modules="all-linear"))
+    first.train()
+    torch.save(first.model, tmp_path / "model.pt")
+    program = f"import torch; torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)(torch.arange(5)[None])"
+    subprocess.run([sys.executable, "-c", program], check=True)  # where nothing of ours was imported
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    inputs = {"input_ids": torch.arange(5)[None]}
+    torch.testing.assert_close(loaded(**inputs).logits, first.model(**inputs).logits)
+    second = make(model=loaded)
+    second.train()
+    assert second.report.fused_losses == 2
+    for name in ("adapter", "layers"):
+        assert line(second, name).in_effect == line(first, name).in_effect
 
 
 @pytest.mark.parametrize("tied", [False, True])

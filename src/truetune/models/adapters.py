@@ -4,13 +4,14 @@ Adapters stay in fp32, because at usual learning rates half of the updates of a 
 copies every activation to fp32; here the two small matrices are cast instead.
 """
 
-import types
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from truetune.models.bound import bind, is_bound, is_replaced
 
 
 def base_model(model: Any) -> Any:
@@ -37,14 +38,14 @@ def cast_adapters_to_activations(model: nn.Module) -> AdapterReport:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if getattr(vars(module).get("forward"), "__func__", None) is lora_linear_forward:
+        if is_bound(module, "forward", lora_linear_forward):
             report.replaced += 1  # by an earlier trainer
-        elif "forward" in vars(module):
+        elif is_replaced(module, "forward"):
             report.left[name] = "its forward was replaced before"
         elif type(module).__name__ not in ("Linear", "Linear4bit", "Linear8bitLt"):
             report.left[name] = f"it is a {type(module).__name__}"
         else:
-            vars(module)["forward"] = types.MethodType(lora_linear_forward, module)
+            bind(module, "forward", lora_linear_forward)
             report.replaced += 1
     return report
 

@@ -23,7 +23,13 @@ from transformers.masking_utils import or_masks, sdpa_mask
 from truetune.models.attention_backends import Documents, Needs, Scores, attend, attention_reference, choose_backend
 from truetune.models.errors import ModelError
 
-ATTENTION_NAME = "truetune"  # Transformers reads meaning into names with "flash", "sdpa", "flex_attention", "/" or "|"
+
+class _Name(str):
+    """Of a class of this module, so that loading a model that was pickled with it imports what it names."""
+
+
+# Transformers reads meaning into names with "flash", "sdpa", "flex_attention", "/" or "|".
+ATTENTION_NAME = _Name("truetune")
 _CHANGES_SCORES = ("position_bias", "indices", "block_indices")  # what models give the interface, and packs do not take
 attention_calls: collections.Counter[str] = collections.Counter()  # packed calls of this process, by backend
 

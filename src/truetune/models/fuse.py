@@ -8,7 +8,6 @@ dropout, hooks): a part that is not what the blocks compute runs as Transformers
 import functools
 import operator
 import sys
-import types
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from truetune.models.adapters import lora_linear_forward
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
+from truetune.models.bound import bind, is_bound, is_replaced
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
@@ -78,15 +78,14 @@ def fuse(model: nn.Module) -> FusionReport:
     for layer in layers:
         name = type(layer).__name__
         family = family_of(layer)
-        bound = vars(layer).get("forward")
         if family is None:
             report.left[f"{name} is not an architecture that is fused"] += 1
-        elif bound is not None and getattr(bound, "__func__", None) is not layer_forward:
+        elif is_replaced(layer, "forward") and not is_bound(layer, "forward", layer_forward):
             report.left[f"{name}: its forward was replaced before"] += 1
         elif reason := _why_not_layer(layer, family):
             report.left[f"{name}: {reason}"] += 1
         else:
-            vars(layer)["forward"] = types.MethodType(layer_forward, layer)
+            bind(layer, "forward", layer_forward)
             report.fused[name] += 1
             for part, why in parts_left(layer, family).items():
                 report.left[f"{part} of {name}: {why}"] += 1
@@ -111,7 +110,7 @@ def _let_last_layer_take_rows(model: nn.Module, layer: Any) -> None:
 
 def unfuse(model: nn.Module) -> int:
     """Gives every fused layer its own forward back; returns how many there were."""
-    fused = [m for m in model.modules() if getattr(vars(m).get("forward"), "__func__", None) is layer_forward]
+    fused = [module for module in model.modules() if is_bound(module, "forward", layer_forward)]
     for layer in fused:
         del vars(layer)["forward"]
         vars(layer).pop("activations", None)
@@ -447,8 +446,7 @@ def _read_base(module: Any) -> Linear:
 def _refuse_hooks(module: nn.Module) -> None:
     """Hooks and replaced forwards of a module whose call the blocks skip would be skipped too."""
     own = vars(module)
-    replaced = own.get("forward")
-    if replaced is not None and getattr(replaced, "__func__", None) is not lora_linear_forward:
+    if is_replaced(module, "forward") and not is_bound(module, "forward", lora_linear_forward):
         raise NotFusable(f"the forward of a {type(module).__name__} was replaced")
     hooks = own["_forward_hooks"]
     hooks = hooks and [hook for hook in hooks.values() if hook.__module__ != _CAPTURES_OUTPUTS]

@@ -3,7 +3,6 @@
 T: flattened positions of the batch, K: supervised positions, H: hidden size, V: vocabulary.
 """
 
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from truetune.models.attention import given_boundaries
+from truetune.models.bound import bind
 from truetune.models.fuse import TAKES_ROWS
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -116,7 +116,7 @@ def bind_fused_loss(model: Any) -> None:
 
     # The class's signature stays visible: `generate` checks its keyword arguments against it.
     forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)
+    bind(model, "forward", forward)
 
 
 def _load_balancing_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Any:

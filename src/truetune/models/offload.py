@@ -8,6 +8,7 @@ asks for it; by then the copy has been under way since the backward pass of the 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,13 +79,16 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
         self._layers: dict[int, _Layer] = {}
         self._free: dict[int, list[Tensor]] = {}  # pinned buffers by their bytes
         self._order: list[int] = []  # layers of this forward pass, first to last
 
-    def __deepcopy__(self, memo) -> "HostMemory":
-        return HostMemory(self.device)
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def __reduce__(self):
+        return HostMemory, (self.device,)  # a copied or saved layer has nothing in it
 
     @contextmanager
     def saving(self, index: int, stays: frozenset[int] = frozenset(), shared: Sequence[Tensor] = ()) -> Iterator[None]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truetune.models.bound import is_bound
 from truetune.models.errors import ModelError
 from truetune.models.fuse import decoder_layers, layer_forward
 from truetune.models.memory import CHECKPOINTED, CHOICES, ON_HOST, RECOMPUTED, StepMemory
@@ -67,10 +68,7 @@ class LayerActivations:
 
 
 def fused_layers(model: nn.Module) -> list[nn.Module]:
-    return [
-        layer for layer in decoder_layers(model)
-        if getattr(vars(layer).get("forward"), "__func__", None) is layer_forward
-    ]  # fmt: skip
+    return [layer for layer in decoder_layers(model) if is_bound(layer, "forward", layer_forward)]
 
 
 def set_activations(layers: Sequence[Any], choices: Sequence[str]) -> None:

@@ -4,11 +4,12 @@ The device waits meanwhile. With LoRA an 8B model has 2,665 modules: on a GPU's 
 search for gradients to clip 8 and `zero_grad` 5. These give the same answers, bound to the instance, in a fraction.
 """
 
-import types
 from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from truetune.models.bound import bind, is_bound, is_replaced
 
 _PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `parameters` asks
 
@@ -16,21 +17,20 @@ _PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `param
 def bind_walks(model: nn.Module) -> None:
     """Binds them where class and instance have PyTorch's own, and those that they would ask."""
     if _is_of(model, "train", nn.Module, PreTrainedModel):
-        vars(model)["train"] = types.MethodType(_train, model)
+        bind(model, "train", _train)
     if all(_is_of(model, name, nn.Module) for name in _PARAMETERS):
         if _is_of(model, "zero_grad", nn.Module):
-            vars(model)["zero_grad"] = types.MethodType(_zero_grad, model)
-        vars(model)["parameters"] = types.MethodType(_parameters, model)
+            bind(model, "zero_grad", _zero_grad)
+        bind(model, "parameters", _parameters)
 
 
 def _is_of(model: nn.Module, name: str, *classes: type[nn.Module]) -> bool:
-    return name not in vars(model) and any(getattr(type(model), name) is getattr(of, name) for of in classes)
+    return not is_replaced(model, name) and any(getattr(type(model), name) is getattr(of, name) for of in classes)
 
 
 def unbind_walks(model: nn.Module) -> None:
-    for walk in (_train, _zero_grad, _parameters):
-        name = walk.__name__.removeprefix("_")
-        if getattr(vars(model).get(name), "__func__", None) is walk:
+    for name, walk in (("train", _train), ("zero_grad", _zero_grad), ("parameters", _parameters)):
+        if is_bound(model, name, walk):
             del vars(model)[name]
 
 
