@@ -18,10 +18,9 @@ import torch
 
 from truetune.ops.fp8 import (
     Fp8Weight,
-    fp8_linear,
-    fp8_linear_backward,
     quantize_rows,
     quantize_rows_reference,
+    scaled_product,
     why_not_fp8,
 )
 
@@ -70,20 +69,20 @@ def measure(K, N):
         )
 
     rows = []
-    for direction, a, b, a8, scale, product, operand in (
-        ("forward", x, weight.t(), x8, x_scale, fp8_linear, (held.weight8_NK, held.scale_1N)),
-        ("backward", dy, weight, dy8, dy_scale, fp8_linear_backward, (held.weight8_KN, held.scale_1K)),
+    for direction, a, b, times, product in (
+        ("forward", x, weight.t(), held.times, held.times(x8, x_scale)),
+        ("backward", dy, weight, held.transposed_times, held.transposed_times(dy8, dy_scale)),
     ):
-        error, rounding = errors(product(a8, scale, held), a, b.t().contiguous())
+        error, rounding = errors(scaled_product(product), a, b.t().contiguous())
         assert error <= 1.05 * rounding, f"{direction} {K}x{N}: error {error:.5f} against {rounding:.5f} of rounding"
-        exact_error, _ = errors(exact(a8, scale, *operand), a, b.t().contiguous())
+        exact_error, _ = errors(exact(*product), a, b.t().contiguous())
         rows.append(
             {
                 "K": K, "N": N, "direction": direction,
                 "bf16_ms": median_ms(lambda a=a, b=b: a @ b),
-                "gemm_ms": median_ms(lambda p=product, a8=a8, s=scale: p(a8, s, held)),
-                "with_rows_ms": median_ms(lambda p=product, a=a: p(*quantize_rows(a), held)),
-                "exact_ms": median_ms(lambda a8=a8, s=scale, o=operand: exact(a8, s, *o)),
+                "gemm_ms": median_ms(lambda p=product: scaled_product(p)),
+                "with_rows_ms": median_ms(lambda t=times, a=a: scaled_product(t(*quantize_rows(a)))),
+                "exact_ms": median_ms(lambda p=product: exact(*p)),
                 "error": error, "exact_error": exact_error, "rounding": rounding,
             }
         )  # fmt: skip

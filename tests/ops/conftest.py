@@ -55,10 +55,14 @@ def _round_in_the_interpreter(monkeypatch) -> None:
         rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
         return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), dtype.scalar)
 
+    def values(x):
+        bits = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}.get(x.dtype.scalar)
+        return x.data if bits is None else torch.from_numpy(x.data.copy()).view(bits).float().numpy()
+
     def dot(self, a, b, d, *_):
-        """Triton 3.9's interpreter multiplies the bits of bf16 as integers."""
-        a, b = (x if x.dtype.scalar != tl.bfloat16 else truncating_cast(self, x, tl.float32) for x in (a, b))
-        return interpreter.TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        """Triton 3.9's interpreter multiplies the bits of bf16 and E4M3 as integers."""
+        product = np.matmul(values(a), values(b), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

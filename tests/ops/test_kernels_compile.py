@@ -1,8 +1,8 @@
 """The kernels compile for real GPUs, on any machine: the interpreter accepts what the compiler does not.
 
 A kernel is a row of `kernels()`. What its arguments are is read off their names: `*_ptr` points to the dtype of the
-target unless `POINTERS` knows better or the name ends in 8 (FP8); `*stride` and `WIDTHS` are integers that 16 divides,
-`COUNTS` are any integers; the rest are floats.
+target unless `POINTERS` knows better or the name ends in 8 (FP8); `*_desc` are tiles that come by TMA; `*stride` and
+`WIDTHS` are integers that 16 divides, `COUNTS` are any integers; the rest are floats.
 """
 
 import os
@@ -24,9 +24,10 @@ POINTERS = {
     "dweight_ptr": "*fp32", "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8",
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
     "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
+    **dict.fromkeys([f"{side}{i}_scale_ptr" for side in "ab" for i in range(3)], "*fp32"),
 }  # fmt: skip
-COUNTS = {"V", "K", "T", "num_pairs"}
-WIDTHS = {"H", "N", "width", "span"}
+COUNTS = {"V", "K", "T", "num_pairs", "programs"}
+WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span"}
 
 
 class Kernel(NamedTuple):
@@ -36,6 +37,7 @@ class Kernel(NamedTuple):
     constants: dict[str, Any]  # the constexpr arguments; None for a pointer that is not given
     dtype: str | None = None  # of the pointers, where it is not the target's own
     wide: bool = True  # every load and store of a tile moves 16 bytes a thread, if 16 divides what it should
+    only: int | None = None  # the one target that has it
 
 
 def kernels() -> list[Kernel]:
@@ -103,9 +105,18 @@ def kernels() -> list[Kernel]:
         Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
         *(
             Kernel(
-                "lora", "_low_rank_product_kernel", 4, low_rank | {"RANK": rank, "BLOCK_R": min(64, rank), "ADDS": 1}
+                "low_rank",
+                "_low_rank_product_kernel",
+                4,
+                low_rank | {"RANK": rank, "BLOCK_R": min(64, rank), "ADDS": 1},
             )
             for rank in (16, 64, 256)
+        ),
+        *(
+            Kernel("fp8_sum", "_fp8_sum_kernel", 8, sum_of_products(products, rank, add), wide=False, only=90)
+            for products in (1, 2, 3)
+            for rank in (0, 16, 64, 256)
+            for add in (False, True)
         ),
         Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
@@ -127,17 +138,43 @@ def tiles_of_heads(
     return tiles.pop("num_warps"), tiles
 
 
+def sum_of_products(products: int, rank: int, add: bool) -> dict[str, Any]:
+    """The constants of the kernel of `fp8_sum`."""
+    module = import_module("truetune.ops.fp8_sum")
+    tile = {"BLOCK_T": module._BLOCK_T, "BLOCK_N": module._BLOCK_N, "BLOCK_K": module._BLOCK_K}
+    tile["BLOCK_R"] = min(module._LARGEST_BLOCK_R, max(16, rank))
+    absent = [f"{side}{i}_{what}" for i in range(products, 3) for side in "ab" for what in ("desc", "scale_ptr")]
+    absent += ["x_desc", "adapter_desc"] * (rank == 0) + ["add_desc"] * (not add)
+    flags = {"PRODUCTS": products, "RANK": rank, "ADAPTER_BY_RANK": products > 1, "HAS_ADD": add}
+    flags |= {"GROUP": module._GROUP, "FLATTEN": products == 1 and rank <= tile["BLOCK_R"]}
+    return tile | flags | dict.fromkeys(absent)
+
+
+def tile_type(name: str, constants: dict[str, Any]) -> str:
+    """The type of a `*_desc` of the kernel of `fp8_sum`."""
+    T, N, K, R = (constants[f"BLOCK_{letter}"] for letter in "TNKR")
+    if name[0] in "ab" and name[1] in "012":
+        return f"tensordesc<fp8e4nv[{T if name[0] == 'a' else N},{K}]>"
+    adapter = (R, N) if constants["ADAPTER_BY_RANK"] else (N, R)
+    rows, columns = {"x_desc": (T, R), "adapter_desc": adapter}.get(name, (T, N // 2))
+    return f"tensordesc<bf16[{rows},{columns}]>"
+
+
 def compile_kernel(row: Kernel, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    if row.only not in (None, capability):
+        return
     kernel = getattr(import_module(f"truetune.ops.{row.module}"), row.name)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in row.constants:
             signature[name] = "constexpr"
             continue
-        if name.endswith("8_ptr"):
+        if name.endswith("_desc"):
+            signature[name] = tile_type(name, row.constants)
+        elif name.endswith("8_ptr"):
             signature[name] = "*fp8e4nv"
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, f"*{row.dtype or TARGETS[capability]}")
@@ -147,12 +184,13 @@ def compile_kernel(row: Kernel, capability: int) -> None:
             signature[name] = "i64"
         else:
             signature[name] = "fp32"
-        if name not in COUNTS | {"seed"} and signature[name] != "fp32":
+        if name not in COUNTS | {"seed"} and signature[name] != "fp32" and not name.endswith("_desc"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     if "*fp8e4nv" in signature.values() and capability < FP8_FROM:
         return
     source = ASTSource(kernel, signature, row.constants, attributes)
-    compiled = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": row.num_warps})
+    options = {"num_warps": row.num_warps, "num_stages": 3}
+    compiled = compile(source, GPUTarget("cuda", capability, 32), options)
     where = f"{row.name} on sm{capability} with {row.constants}"
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, f"{where}: {compiled.metadata.shared} bytes"
     if row.wide:

@@ -10,7 +10,7 @@ Letters of tensor shapes: T tokens, K input features, N output features.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,15 @@ def quantize_rows(x_TK: Tensor, *, transpose: bool = False) -> tuple[Tensor, Ten
     return x8_TK, scale_T
 
 
+class Fp8Product(NamedTuple):
+    """(a8 * scale) @ (b8 * scale).T, not yet made: rows of activations or gradients with rows of a weight's copy."""
+
+    a8_TK: Tensor
+    scale_T: Tensor
+    b8_NK: Tensor
+    scale_1N: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
     """A frozen weight_NK in E4M3 for y = x @ weight.T (rows and their scales) and for dx = dy @ weight (columns)."""
@@ -130,50 +139,40 @@ class Fp8Weight:
         """weight_NK as the forward product sees it."""
         return (self.weight8_NK.float() * self.scale_1N.t()).to(dtype)
 
+    def times(self, x8_TK: Tensor, scale_T: Tensor) -> Fp8Product:
+        """x @ weight.T of a quantized x (`quantize_rows`)."""
+        return Fp8Product(x8_TK, scale_T, self.weight8_NK, self.scale_1N)
 
-def fp8_linear(
-    x8_TK: Tensor,
-    scale_T: Tensor,
-    weight: Fp8Weight,
-    *,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
+    def transposed_times(self, dy8_TN: Tensor, scale_T: Tensor) -> Fp8Product:
+        """dy @ weight of a quantized dy."""
+        return Fp8Product(dy8_TN, scale_T, self.weight8_KN, self.scale_1K)
+
+
+def scaled_product(
+    product: Fp8Product, *, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """y_TN = x @ weight.T + bias of a quantized x (`quantize_rows`)."""
-    return _scaled_product(x8_TK, scale_T, weight.weight8_NK, weight.scale_1N, bias, out_dtype)
-
-
-def fp8_linear_backward(
-    dy8_TN: Tensor, scale_T: Tensor, weight: Fp8Weight, *, out_dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """dx_TK = dy @ weight of a quantized dy (`quantize_rows`). The weight is frozen and has no gradient."""
-    return _scaled_product(dy8_TN, scale_T, weight.weight8_KN, weight.scale_1K, None, out_dtype)
-
-
-def _scaled_product(
-    a8: Tensor, scale_a: Tensor, b8: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """a @ b.T + bias. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows.
+    """a @ b.T + bias [T, N]. On a GPU the product is rounded to bf16, the one type `_scaled_mm` has for scales of rows.
 
     With `use_fast_accum`, where Hopper's tensor cores keep sums in about 14 bits and truncate them: an error of 0.2 to
     0.4% of the product instead of 0.17 (bf16's own), beside the 3.6% that rounding to FP8 makes of it, and 5 to 15% of
     the time. Measured in benchmarks/bench_fp8.py.
     """
-    if not a8.is_cuda:
-        product = (a8.float() @ b8.float().t()) * scale_a[:, None] * scale_b
-        return (product if bias is None else product + bias).to(out_dtype)
-    if not a8.shape[0]:
-        return torch.empty((0, b8.shape[0]), dtype=out_dtype, device=a8.device)
-    product = torch._scaled_mm(
-        a8,
-        b8.t(),
-        scale_a=scale_a[:, None],
-        scale_b=scale_b,
+    a8_TK, scale_T, b8_NK, scale_1N = product
+    if not a8_TK.is_cuda:
+        y_TN = (a8_TK.float() @ b8_NK.float().t()) * scale_T[:, None] * scale_1N
+        return (y_TN if bias is None else y_TN + bias).to(out_dtype)
+    if not a8_TK.shape[0]:
+        return torch.empty((0, b8_NK.shape[0]), dtype=out_dtype, device=a8_TK.device)
+    y_TN = torch._scaled_mm(
+        a8_TK,
+        b8_NK.t(),
+        scale_a=scale_T[:, None],
+        scale_b=scale_1N,
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return product.to(out_dtype)
+    return y_TN.to(out_dtype)
 
 
 class _FrozenFp8Linear(torch.autograd.Function):
@@ -183,7 +182,7 @@ class _FrozenFp8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         x8_TK, scale_T = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous())
-        y_TN = fp8_linear(x8_TK, scale_T, weight, bias=bias, out_dtype=x.dtype)
+        y_TN = scaled_product(weight.times(x8_TK, scale_T), bias=bias, out_dtype=x.dtype)
         return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
     @staticmethod
@@ -192,8 +191,7 @@ class _FrozenFp8Linear(torch.autograd.Function):
         dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()  # it may be expanded from a scalar
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dy8_TN, scale_T = quantize_rows(dy_TN)
-            dx_TK = fp8_linear_backward(dy8_TN, scale_T, ctx.weight, out_dtype=dy.dtype)
+            dx_TK = scaled_product(ctx.weight.transposed_times(*quantize_rows(dy_TN)), out_dtype=dy.dtype)
             dx = dx_TK.view(*dy.shape[:-1], dx_TK.shape[1])
         if ctx.needs_input_grad[2]:
             dbias = dy_TN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)

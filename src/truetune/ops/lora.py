@@ -2,15 +2,14 @@
 
 Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. The adapter's
 product goes into the result first, and the weight's product is added to it by the GEMM itself, so that no pass over the
-result is spent on the sum; FP8 products, which take no addend, come first instead, and so does every product that goes
-into the residual stream. There the adapter's part is for many steps smaller than half a bf16 place of the stream:
-rounded onto it before the weight's product is there, it would be lost in every element, and the adapter would learn
-more slowly; in one fp32 sum of the three it survives on average. LoRA: Hu et al., arXiv:2106.09685.
+result is spent on the sum; FP8 products are summed by `fp8_sum`. A product that goes into the residual stream comes
+first, because the adapter's part is for many steps smaller than half a bf16 place of the stream: rounded onto it before
+the weight's product is there, it would be lost in every element, and the adapter would learn more slowly; in one fp32
+sum of the three it survives on average. LoRA: Hu et al., arXiv:2106.09685.
 
 Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -18,79 +17,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
 from truetune.ops.dropout import seeded_dropout
-from truetune.ops.fp8 import Fp8Weight, fp8_linear, fp8_linear_backward, quantize_rows
+from truetune.ops.fp8 import Fp8Product, Fp8Weight, quantize_rows
+from truetune.ops.fp8_sum import fp8_sum
+from truetune.ops.low_rank import low_rank_product, matmul_fp32
 from truetune.ops.nf4 import dequantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Triton kernel
-
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
-    def _low_rank_product_kernel(
-        x_ptr, adapter_ptr, add0_ptr, add1_ptr, add2_ptr, out_ptr, T, N,
-        x_stride, adapter_stride, adapter_rank_stride, add0_stride, add1_stride, add2_stride, out_stride,
-        RANK: tl.constexpr, ADDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    ):  # fmt: skip
-        row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for start in tl.static_range(0, RANK, BLOCK_R):
-            rank = start + tl.arange(0, BLOCK_R)
-            x = tl.load(x_ptr + row * x_stride + rank[None, :], mask=(row < T) & (rank < RANK)[None, :], other=0.0)
-            b = tl.load(
-                adapter_ptr + col.to(tl.int64) * adapter_stride + rank[:, None] * adapter_rank_stride,
-                mask=(col < N) & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            out = tl.dot(x, b.to(x.dtype), out, input_precision="ieee")
-        mask = (row < T) & (col < N)
-        if ADDS > 0:
-            out += tl.load(add0_ptr + row * add0_stride + col, mask=mask, other=0.0).to(tl.float32)
-        if ADDS > 1:
-            out += tl.load(add1_ptr + row * add1_stride + col, mask=mask, other=0.0).to(tl.float32)
-        if ADDS > 2:
-            out += tl.load(add2_ptr + row * add2_stride + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * out_stride + col, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Launchers and plain products
-
-
-def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
-    """out = x @ b.T + up to three addends, summed in fp32; b is rounded to the dtype of x on its way in. Returns out,
-    which may be one of the addends."""
-    if not use_kernels(x_TR):
-        product_TN = matmul_fp32(x_TR, b_NR.t().to(x_TR.dtype))
-        for add_TN in adds:
-            product_TN += add_TN
-        return out_TN.copy_(product_TN)
-    (T, R), N = x_TR.shape, b_NR.shape[0]
-    if T == 0:
-        return out_TN
-    block_t, block_n = 32, 128 if N >= 128 else 64  # small, so that many wait for memory at once
-    padding = [None] * (3 - len(adds))
-    with torch.cuda.device_of(x_TR):
-        _low_rank_product_kernel[(cdiv(T, block_t), cdiv(N, block_n))](
-            x_TR, b_NR, *adds, *padding, out_TN, T, N,
-            x_TR.stride(0), b_NR.stride(0), b_NR.stride(1), *(add.stride(0) for add in adds), *([0] * len(padding)),
-            out_TN.stride(0),
-            RANK=R, ADDS=len(adds), BLOCK_R=min(64, max(16, next_power_of_2(R))), BLOCK_T=block_t, BLOCK_N=block_n,
-            num_warps=4,
-        )  # fmt: skip
-    return out_TN
-
-
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and returned in fp32 (fp64 for fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+# Weights
 
 
 def _add_product(out_TN: Tensor | None, x_TK: Tensor, weight_KN: Tensor) -> Tensor:
@@ -104,10 +38,6 @@ def _add_product(out_TN: Tensor | None, x_TK: Tensor, weight_KN: Tensor) -> Tens
     return out_TN.add_(x_TK @ weight_KN)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
 class Quantized(NamedTuple):
     """Rows in FP8 beside the tensor that they were made of: x ~ x8 * scale."""
 
@@ -118,7 +48,8 @@ class Quantized(NamedTuple):
 class Weight(Protocol):
     """What stands behind a linear: the two products with it.
 
-    A product is added to `out` where there is one, in place. `fp8`: it is one of `quantized`; x and dy give the dtype.
+    A product is added to `out` where there is one, whose memory may become the result's. `fp8`: it is one of
+    `quantized`; x and dy give the dtype.
     """
 
     @property
@@ -195,7 +126,7 @@ class Nf4Weight(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """An FP8 weight, frozen. Its products are not summed by the GEMM, which takes no addend."""
+    """An FP8 weight, frozen."""
 
     weight: Fp8Weight
 
@@ -211,13 +142,19 @@ class QuantizedWeight(NamedTuple):
     def out_features(self) -> int:
         return self.weight.weight8_NK.shape[0]
 
+    def product(self, x: Quantized | None) -> Fp8Product:
+        assert x is not None
+        return self.weight.times(*x)
+
+    def transposed_product(self, dy: Quantized | None) -> Fp8Product:
+        assert dy is not None
+        return self.weight.transposed_times(*dy)
+
     def times(self, x_TK, out_TN, quantized) -> Tensor:
-        y_TN = fp8_linear(quantized.x8_TK, quantized.scale_T, self.weight, out_dtype=x_TK.dtype)
-        return y_TN if out_TN is None else out_TN.add_(y_TN)
+        return fp8_sum([self.product(quantized)], add_TN=out_TN, dtype=x_TK.dtype)
 
     def transposed_times(self, dy_TN, out_TK, quantized) -> Tensor:
-        dx_TK = fp8_linear_backward(quantized.x8_TK, quantized.scale_T, self.weight, out_dtype=dy_TN.dtype)
-        return dx_TK if out_TK is None else out_TK.add_(dx_TK)
+        return fp8_sum([self.transposed_product(quantized)], add_TN=out_TK, dtype=dy_TN.dtype)
 
     def prepared(self, dtype: torch.dtype) -> "QuantizedWeight":
         return self
@@ -353,19 +290,20 @@ def linears_forward(
     """
     xa_TS = products_with_adapters(x_TK, linears)
     quantized = quantized_if_needed(x_TK, linears, quantized)
-    residuals = () if residual_TN is None else (residual_TN,)
     results = []
     for linear, ranks in zip(linears, _rank_slices(linears), strict=True):
-        weight = linear.weight
-        if linear.b_NR is None or xa_TS is None:
+        weight, low_rank = linear.weight, None
+        if linear.b_NR is not None and xa_TS is not None:
+            low_rank = (xa_TS[:, ranks], linear.b_NR.detach())
+        if isinstance(weight, QuantizedWeight):
+            out = fp8_sum([weight.product(quantized)], low_rank=low_rank, add_TN=residual_TN, dtype=x_TK.dtype)
+        elif low_rank is None:
             out = weight.times(x_TK, None if residual_TN is None else residual_TN.clone(), quantized)
-        elif weight.fp8 or residual_TN is not None:
+        elif residual_TN is not None:
             y_TN = weight.times(x_TK, None, quantized)
-            out = y_TN if residual_TN is None else torch.empty_like(residual_TN)
-            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), (y_TN, *residuals), out)
+            out = low_rank_product(*low_rank, (y_TN, residual_TN), torch.empty_like(residual_TN))
         else:
-            out = x_TK.new_empty(len(x_TK), weight.out_features)
-            out = low_rank_product(xa_TS[:, ranks], linear.b_NR.detach(), (), out)
+            out = low_rank_product(*low_rank, (), x_TK.new_empty(len(x_TK), weight.out_features))
             out = weight.times(x_TK, out, quantized)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
@@ -393,17 +331,20 @@ def linears_backward_input(
         dxa_TS = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if not needs_input:
         return None, dxa_TS
-    if all(linear.weight.fp8 for linear in linears):
+    weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
+    if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
-        parts = [
-            linear.weight.transposed_times(dy, None, quantized_if_needed(dy, (linear,), dy8))
-            for dy, linear, dy8 in zip(dys, linears, given, strict=True)
+        products = [
+            weight.transposed_product(quantized_if_needed(dy, linears, dy8))
+            for dy, weight, dy8 in zip(dys, weights, given, strict=True)
         ]
-        if dxa_TS is None or a_SK is None:
-            return functools.reduce(Tensor.add_, parts), dxa_TS
-        if _drops_out(linears):
-            return functools.reduce(Tensor.add_, [_gradient_through_a(dxa_TS, linears, a_SK), *parts]), dxa_TS
-        return low_rank_product(dxa_TS, a_SK.t(), parts, parts[0]), dxa_TS
+        low_rank = add_TK = None
+        if dxa_TS is not None and a_SK is not None:
+            if _drops_out(linears):
+                add_TK = _gradient_through_a(dxa_TS, linears, a_SK)
+            else:
+                low_rank = (dxa_TS, a_SK.t())
+        return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), dxa_TS
     dx_TK = None if dxa_TS is None or a_SK is None else _gradient_through_a(dxa_TS, linears, a_SK)
     for dy_TN, linear in zip(dys, linears, strict=True):
         dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
