@@ -21,13 +21,14 @@ FP8_FROM = 89
 POINTERS = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "row_weights_ptr": "*fp32", "loss_ptr": "*fp32", "nll_ptr": "*fp32",
     "entropy_ptr": "*fp32", "top1_ptr": "*i1", "scale_ptr": "*fp32", "rstd_ptr": "*fp32",
+    "dx_parts_ptr": "*fp32", "db_parts_ptr": "*fp32", "db_ptr": "*fp32",
     "dweight_ptr": "*fp32", "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8",
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
     "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
     **dict.fromkeys([f"{side}{i}_scale_ptr" for side in "ab" for i in range(3)], "*fp32"),
 }  # fmt: skip
-COUNTS = {"V", "K", "T", "num_pairs", "programs"}
-WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span"}
+COUNTS = {"V", "K", "T", "num_pairs", "programs", "rows", "dx_parts", "db_parts", "dx_blocks"}
+WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span", "dx_size", "db_size"}
 
 
 class Kernel(NamedTuple):
@@ -37,7 +38,8 @@ class Kernel(NamedTuple):
     constants: dict[str, Any]  # the constexpr arguments; None for a pointer that is not given
     dtype: str | None = None  # of the pointers, where it is not the target's own
     wide: bool = True  # every load and store of a tile moves 16 bytes a thread, if 16 divides what it should
-    only: int | None = None  # the one target that has it
+    targets: range = range(1000)  # that have it
+    num_stages: int = 3  # Triton's default
 
 
 def kernels() -> list[Kernel]:
@@ -62,6 +64,7 @@ def kernels() -> list[Kernel]:
     no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
     no_norm_grads = no_norms | {"dweight_ptr": None}
     low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
+    d_low_rank = {"BLOCK_T": 32, "BLOCK_N": 512}
     nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
     plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
@@ -113,7 +116,21 @@ def kernels() -> list[Kernel]:
             for rank in (16, 64, 256)
         ),
         *(
-            Kernel("fp8_sum", "_fp8_sum_kernel", 8, sum_of_products(products, rank, add), wide=False, only=90)
+            Kernel(
+                "low_rank",
+                "_low_rank_backward_kernel",
+                4,
+                d_low_rank | {"RANK": rank, "BLOCK_R": max(16, rank)},
+                targets=range(80, 1000),
+                num_stages=2,
+            )
+            for rank in (8, 16, 32)
+        ),
+        Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
+        *(
+            Kernel(
+                "fp8_sum", "_fp8_sum_kernel", 8, sum_of_products(products, rank, add), wide=False, targets=range(90, 91)
+            )
             for products in (1, 2, 3)
             for rank in (0, 16, 64, 256)
             for add in (False, True)
@@ -164,7 +181,7 @@ def compile_kernel(row: Kernel, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    if row.only not in (None, capability):
+    if capability not in row.targets:
         return
     kernel = getattr(import_module(f"truetune.ops.{row.module}"), row.name)
     signature, attributes = {}, {}
@@ -189,7 +206,7 @@ def compile_kernel(row: Kernel, capability: int) -> None:
     if "*fp8e4nv" in signature.values() and capability < FP8_FROM:
         return
     source = ASTSource(kernel, signature, row.constants, attributes)
-    options = {"num_warps": row.num_warps, "num_stages": 3}
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     compiled = compile(source, GPUTarget("cuda", capability, 32), options)
     where = f"{row.name} on sm{capability} with {row.constants}"
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, f"{where}: {compiled.metadata.shared} bytes"

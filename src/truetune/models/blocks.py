@@ -191,15 +191,15 @@ def _qkv_backward(block: QkvProjection, dys, h_TH, xas, needs_input: bool) -> tu
     if len(block.linears) == 1:
         dys = (torch.cat(dys, 1),)
     if block.rows_K is None or len(block.linears) == 1:
-        dh_TH, dxa = linears_backward_input(dys, block.linears, needs_input=needs_input)
-        return dh_TH, linears_backward_parameters(dys, h_TH, xas[0], dxa, block.linears)
+        dh_TH, adapters = linears_backward_input(dys, xas[0], block.linears, needs_input=needs_input)
+        return dh_TH, linears_backward_parameters(dys, h_TH, xas[0], adapters, block.linears)
     q, kv, kv_dys, q_dys = block.linears[:1], block.linears[1:], dys[1:], (dys[0].index_select(0, block.rows_K),)
-    dh_TH, kv_dxa = linears_backward_input(kv_dys, kv, needs_input=needs_input)
-    dh_KH, q_dxa = linears_backward_input(q_dys, q, needs_input=needs_input)
+    dh_TH, kv_adapters = linears_backward_input(kv_dys, xas[0], kv, needs_input=needs_input)
+    dh_KH, q_adapters = linears_backward_input(q_dys, xas[1], q, needs_input=needs_input)
     if dh_TH is not None and dh_KH is not None:
         add_rows_(dh_TH, dh_KH, block.rows_K)
-    q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_dxa, q)
-    return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h_TH, xas[0], kv_dxa, kv)
+    q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_adapters, q)
+    return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h_TH, xas[0], kv_adapters, kv)
 
 
 def _head_norms(block: QkvProjection) -> dict[str, Any]:
@@ -284,8 +284,8 @@ class _ProjectOut(torch.autograd.Function):
         dout_TH = _contiguous_rows(dout_TH)
         dy_TH, d_norm = _from_residual(dout_TH, x_TN.dtype, block.post_norm, block.multiplier, y_TH, rstd_T)
         linears = (block.linear,)
-        dx_TN, dxa_TS = linears_backward_input((dy_TH,), linears, needs_input=ctx.needs_input_grad[0])
-        gradients = linears_backward_parameters((dy_TH,), x_TN, xa_TS, dxa_TS, linears)
+        dx_TN, adapters = linears_backward_input((dy_TH,), xa_TS, linears, needs_input=ctx.needs_input_grad[0])
+        gradients = linears_backward_parameters((dy_TH,), x_TN, xa_TS, adapters, linears)
         return dx_TN, dout_TH, None, d_norm, *gradients
 
 
@@ -358,7 +358,7 @@ def _mlp_backward(
     """(the gradient of x, those of all parameters). gate and up become their own gradients."""
     rstd_T, xa_TS, down_xa, y_TH, y_rstd, *gate_up = saved
     dy_TH, d_post = _from_residual(dout_TH, block.dtype, block.post_norm, block.multiplier, y_TH, y_rstd)
-    dact_TI, down_dxa = linears_backward_input((dy_TH,), (block.down,))
+    dact_TI, down_adapters = linears_backward_input((dy_TH,), down_xa, (block.down,))
     assert dact_TI is not None
     fp8 = all(linear.weight.fp8 for linear in block.gate_up)
     both8 = torch.empty_like(gate_up[0], dtype=FP8) if fp8 and len(gate_up) == 1 else None
@@ -370,13 +370,15 @@ def _mlp_backward(
         quantized = [quantized_or_none(*pair) for pair in pairs]
     if down_xa is None:
         down_xa = products_with_adapters(act_TI, (block.down,))
-    down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_dxa, (block.down,))
+    down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_adapters, (block.down,))
     del grads, act_TI, dact_TI
     h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
     needs_input = needs_input or (block.norm is not None and block.norm.weight_H.requires_grad)
-    dh_TH, dxa_TS = linears_backward_input(gate_up, block.gate_up, needs_input=needs_input, quantized=quantized)
+    dh_TH, adapters = linears_backward_input(
+        gate_up, xa_TS, block.gate_up, needs_input=needs_input, quantized=quantized
+    )
     del quantized
-    gradients = linears_backward_parameters(gate_up, h_TH, xa_TS, dxa_TS, block.gate_up)
+    gradients = linears_backward_parameters(gate_up, h_TH, xa_TS, adapters, block.gate_up)
     dx_TH, d_norm = _norm_backward(block.norm, dh_TH, x_TH, rstd_T, dout_TH)
     return dx_TH, [d_norm, d_post, *gradients, *down_gradients]
 

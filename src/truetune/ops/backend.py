@@ -33,3 +33,9 @@ def next_power_of_2(n: int) -> int:
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; (0, 0) where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from truetune.ops import backend
-from truetune.ops.backend import cdiv, next_power_of_2, num_multiprocessors, tl, triton, use_kernels
+from truetune.ops.backend import (
+    cdiv,
+    compute_capability,
+    next_power_of_2,
+    num_multiprocessors,
+    tl,
+    triton,
+    use_kernels,
+)
 from truetune.ops.fp8 import Fp8Product, scaled_product
 from truetune.ops.low_rank import low_rank_product
 
@@ -98,16 +106,13 @@ if triton is not None:
 LowRank = tuple[Tensor, Tensor]  # x_TR and b_NR, for x @ b.T
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def _fits_kernel(
     products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, dtype: torch.dtype
 ) -> bool:
     device_tensor = products[0].a8_TK
-    if not use_kernels(device_tensor) or not (backend.FORCE_KERNELS or _is_hopper(device_tensor.device)):
+    if not use_kernels(device_tensor) or not (
+        backend.FORCE_KERNELS or compute_capability(device_tensor.device) == (9, 0)
+    ):
         return False
     if len(products) > _MAX_PRODUCTS or dtype != torch.bfloat16 or (add_TN is not None and add_TN.dtype != dtype):
         return False

@@ -20,7 +20,7 @@ from torch import Tensor
 from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Product, Fp8Weight, quantize_rows
 from truetune.ops.fp8_sum import fp8_sum
-from truetune.ops.low_rank import low_rank_product, matmul_fp32
+from truetune.ops.low_rank import low_rank_backward, low_rank_product, matmul_fp32
 from truetune.ops.nf4 import dequantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,28 +309,45 @@ def linears_forward(
     return results, xa_TS
 
 
+class AdapterGradients(NamedTuple):
+    """dy @ B [T, S] of all adapters, and each linear's gradient of B, where it was made with it."""
+
+    dxa_TS: Tensor
+    d_bs: list[Tensor | None]
+
+
+def _through_b(dys: Sequence[Tensor], xa_TS: Tensor | None, linears: Sequence[Linear]) -> AdapterGradients | None:
+    parts, d_bs = [], []
+    for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
+        d_b = None
+        if linear.b_NR is not None:
+            if xa_TS is None:
+                dxa_TR = dy_TN @ linear.b_NR.detach().to(dy_TN.dtype)
+            else:
+                dxa_TR, d_b = low_rank_backward(dy_TN, linear.b_NR.detach(), xa_TS[:, ranks])
+            parts.append(dxa_TR)
+        d_bs.append(d_b)
+    if not parts:
+        return None
+    return AdapterGradients(parts[0] if len(parts) == 1 else torch.cat(parts, 1), d_bs)
+
+
 def linears_backward_input(
     dys: Sequence[Tensor],
+    xa_TS: Tensor | None,
     linears: Sequence[Linear],
     *,
     needs_input: bool = True,
     quantized: Sequence[Quantized | None] | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient [T, K] of x, and dy @ B [T, S] for `linears_backward_parameters`).
+) -> tuple[Tensor | None, AdapterGradients | None]:
+    """(the gradient [T, K] of x, and what `linears_backward_parameters` needs of the adapters).
 
-    `quantized`: each dy in FP8, where they were made.
+    `xa_TS`: None where there is no adapter, or not yet. `quantized`: each dy in FP8, where they were made.
     """
-    a_SK = _scaled_a(linears, dys[0].dtype)
-    dxa_TS = None
-    if a_SK is not None:
-        parts = [
-            dy @ linear.b_NR.detach().to(dy.dtype)
-            for dy, linear in zip(dys, linears, strict=True)
-            if linear.b_NR is not None
-        ]
-        dxa_TS = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    adapters = _through_b(dys, xa_TS, linears)
     if not needs_input:
-        return None, dxa_TS
+        return None, adapters
+    a_SK = _scaled_a(linears, dys[0].dtype)
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
@@ -339,26 +356,31 @@ def linears_backward_input(
             for dy, weight, dy8 in zip(dys, weights, given, strict=True)
         ]
         low_rank = add_TK = None
-        if dxa_TS is not None and a_SK is not None:
+        if adapters is not None and a_SK is not None:
             if _drops_out(linears):
-                add_TK = _gradient_through_a(dxa_TS, linears, a_SK)
+                add_TK = _gradient_through_a(adapters.dxa_TS, linears, a_SK)
             else:
-                low_rank = (dxa_TS, a_SK.t())
-        return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), dxa_TS
-    dx_TK = None if dxa_TS is None or a_SK is None else _gradient_through_a(dxa_TS, linears, a_SK)
+                low_rank = (adapters.dxa_TS, a_SK.t())
+        return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), adapters
+    dx_TK = None if adapters is None or a_SK is None else _gradient_through_a(adapters.dxa_TS, linears, a_SK)
     for dy_TN, linear in zip(dys, linears, strict=True):
         dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
-    return dx_TK, dxa_TS
+    return dx_TK, adapters
 
 
 def linears_backward_parameters(
-    dys: Sequence[Tensor], x_TK: Tensor, xa_TS: Tensor | None, dxa_TS: Tensor | None, linears: Sequence[Linear]
+    dys: Sequence[Tensor],
+    x_TK: Tensor,
+    xa_TS: Tensor | None,
+    adapters: AdapterGradients | None,
+    linears: Sequence[Linear],
 ) -> list[Tensor | None]:
     """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
-    da_SK = None if dxa_TS is None else _gradients_of_a(dxa_TS, x_TK, linears)
+    da_SK = None if adapters is None else _gradients_of_a(adapters.dxa_TS, x_TK, linears)
     gradients: list[Tensor | None] = []
-    for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
-        d_weight = d_bias = d_a = d_b = None
+    d_bs = [None] * len(linears) if adapters is None else adapters.d_bs
+    for dy_TN, d_b, linear, ranks in zip(dys, d_bs, linears, _rank_slices(linears), strict=True):
+        d_weight = d_bias = d_a = None
         if (weight := linear.weight.trained) is not None:
             # In the weight's dtype: a bf16 weight has a bf16 gradient, as without fusing.
             d_weight = dy_TN.t() @ x_TK if weight.dtype == x_TK.dtype else matmul_fp32(dy_TN.t(), x_TK)
@@ -366,6 +388,6 @@ def linears_backward_parameters(
             d_bias = dy_TN.sum(0, dtype=torch.float32 if dy_TN.dtype != torch.float64 else None)
         if linear.a_RK is not None and xa_TS is not None and da_SK is not None:
             d_a = da_SK[ranks] if linear.scaling == 1.0 else da_SK[ranks] * linear.scaling
-            d_b = matmul_fp32(dy_TN.t(), xa_TS[:, ranks])
+            d_b = matmul_fp32(dy_TN.t(), xa_TS[:, ranks]) if d_b is None else d_b
         gradients += [d_weight, d_bias, d_a, d_b]
     return gradients

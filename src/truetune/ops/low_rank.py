@@ -1,4 +1,4 @@
-"""x @ b.T for a small rank, and a few tensors as large as the result: one pass over all, summed in fp32.
+"""x @ b.T for a small rank: one pass over what is as large as the result, forward and backward, summed in fp32.
 
 Letters of tensor shapes: T tokens, N output features, R rank.
 """
@@ -8,10 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from truetune.ops.backend import cdiv, next_power_of_2, tl, triton, use_kernels
+from truetune.ops.backend import (
+    cdiv,
+    compute_capability,
+    next_power_of_2,
+    num_multiprocessors,
+    tl,
+    triton,
+    use_kernels,
+)
+
+_BACKWARD_T, _BACKWARD_N, _BACKWARD_WARPS, _BACKWARD_STAGES = 32, 512, 4, 2  # tiles of dy
+_SUM_BLOCK = 1024
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Triton kernel
+# Triton kernels
 
 if triton is not None:
 
@@ -42,9 +53,55 @@ if triton is not None:
             out += tl.load(add2_ptr + row * add2_stride + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * out_stride + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
+    @triton.jit(do_not_specialize=["T", "rows"])
+    def _low_rank_backward_kernel(
+        dy_ptr, adapter_ptr, x_ptr, dx_parts_ptr, db_parts_ptr, T, N, rows, dy_stride, adapter_stride, x_stride,
+        RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        """dy is read once: a program has a block of its columns and `rows` of its rows, and writes its part of both."""
+        block_n, block_rows = tl.program_id(0), tl.program_id(1)
+        col, rank = block_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+        in_b = (col < N)[:, None] & (rank < RANK)[None, :]
+        b = tl.load(adapter_ptr + col.to(tl.int64)[:, None] * adapter_stride + rank[None, :], mask=in_b, other=0.0)
+        b = b.to(dy_ptr.dtype.element_ty)
+        db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for start in range(block_rows * rows, min(block_rows * rows + rows, T), BLOCK_T):
+            row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            in_x = (row < T)[:, None] & (rank < RANK)[None, :]
+            x = tl.load(x_ptr + row[:, None] * x_stride + rank[None, :], mask=in_x, other=0.0)
+            in_dy = (row < T)[:, None] & (col < N)[None, :]
+            dy = tl.load(dy_ptr + row[:, None] * dy_stride + col[None, :], mask=in_dy, other=0.0)
+            db = tl.dot(dy.T, x, db)
+            place = (block_n.to(tl.int64) * T + row)[:, None] * RANK + rank[None, :]
+            tl.store(dx_parts_ptr + place, tl.dot(dy, b), mask=in_x)
+        place = (block_rows.to(tl.int64) * N + col)[:, None] * RANK + rank[None, :]
+        tl.store(db_parts_ptr + place, db, mask=in_b)
+
+    @triton.jit
+    def _store_sum(parts_ptr, out_ptr, parts, size, index, BLOCK: tl.constexpr):
+        total = tl.zeros([BLOCK], tl.float32)
+        place_ptr = parts_ptr + index
+        for _ in range(parts):
+            total += tl.load(place_ptr, mask=index < size, other=0.0)
+            place_ptr += size
+        tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=index < size)
+
+    @triton.jit(do_not_specialize=["dx_parts", "db_parts", "dx_blocks"])
+    def _sum_parts_kernel(
+        dx_parts_ptr, dx_ptr, db_parts_ptr, db_ptr, dx_parts, dx_size, db_parts, db_size, dx_blocks,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Both sums in one launch, always in the same order."""
+        block = tl.program_id(0)
+        if block < dx_blocks:
+            _store_sum(dx_parts_ptr, dx_ptr, dx_parts, dx_size, block * BLOCK + tl.arange(0, BLOCK), BLOCK)
+        else:
+            index = (block - dx_blocks) * BLOCK + tl.arange(0, BLOCK)
+            _store_sum(db_parts_ptr, db_ptr, db_parts, db_size, index, BLOCK)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Launcher and plain product
+# Launchers and plain products
 
 
 def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
@@ -69,6 +126,43 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
             num_warps=4,
         )  # fmt: skip
     return out_TN
+
+
+def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy @ b [T, R] in the dtype of dy, dy.T @ x [N, R] in fp32); b is rounded to the dtype of dy.
+
+    One pass over dy where that pays: for ranks up to 32 (benchmarks/bench_low_rank.py).
+    """
+    (T, N), R = dy_TN.shape, x_TR.shape[1]
+    if not _one_pass_pays(dy_TN, b_NR, R):
+        return dy_TN @ b_NR.to(dy_TN.dtype), matmul_fp32(dy_TN.t(), x_TR)
+    blocks_n = cdiv(N, _BACKWARD_N)
+    splits = max(1, min(cdiv(T, _BACKWARD_T), 2 * num_multiprocessors(dy_TN.device) // blocks_n))
+    rows = cdiv(cdiv(T, _BACKWARD_T), splits) * _BACKWARD_T
+    splits = cdiv(T, rows)
+    dx_TR, db_NR = dy_TN.new_empty(T, R), torch.empty((N, R), device=dy_TN.device)
+    dx_parts, db_parts = (torch.empty(shape, device=dy_TN.device) for shape in ((blocks_n, T, R), (splits, N, R)))
+    dx_blocks, db_blocks = cdiv(T * R, _SUM_BLOCK), cdiv(N * R, _SUM_BLOCK)
+    with torch.cuda.device_of(dy_TN):
+        _low_rank_backward_kernel[(blocks_n, splits)](
+            dy_TN, b_NR, x_TR, dx_parts, db_parts, T, N, rows, dy_TN.stride(0), b_NR.stride(0), x_TR.stride(0),
+            RANK=R, BLOCK_R=max(16, next_power_of_2(R)), BLOCK_T=_BACKWARD_T, BLOCK_N=_BACKWARD_N,
+            num_warps=_BACKWARD_WARPS, num_stages=_BACKWARD_STAGES,
+        )  # fmt: skip
+        _sum_parts_kernel[(dx_blocks + db_blocks,)](
+            dx_parts, dx_TR, db_parts, db_NR, blocks_n, T * R, splits, N * R, dx_blocks, BLOCK=_SUM_BLOCK
+        )
+    return dx_TR, db_NR
+
+
+def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, rank: int) -> bool:
+    T, N = dy_TN.shape
+    if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or T == 0 or b_NR.stride(1) != 1:
+        return False
+    if not dy_TN.is_cuda:
+        return rank <= 32
+    # Before Ampere a tile does not fit into shared memory; narrow results gain nothing.
+    return rank <= 32 and N >= 2048 and compute_capability(dy_TN.device) >= (8, 0)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
