@@ -343,6 +343,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path, lora_settings, lo
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, lora_settings, lora_run, capsys):
     output = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
 
     def press_ctrl_c() -> None:
         wait_for_step(output, 4)
@@ -358,7 +359,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, lora_settings
     assert last_checkpoint(output) == output / f"checkpoint-{step}"
     assert f"checkpoint-{step}" in said and "--resume" in said
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     assert not run(output, lora_settings, resume=True).interrupted
     assert logged(output) == pytest.approx(logged(lora_run.output_dir), rel=1e-6)
