@@ -1,9 +1,9 @@
 """Sums of products in FP8 with an adapter's product and a residual, rounded once.
 
-On Hopper one kernel makes the sum where it makes the products, as fast as cuBLASLt makes the products alone; their
-results would otherwise be written, read and written again, 61 of the 754 ms of an 8B step on an H100. It is persistent,
-and its operands come by TMA, those of the adapter too: loaded through pointers they cost a tenth of the time.
-Measured in benchmarks/bench_fp8_sum.py. Elsewhere each product is made by itself, and one pass adds them.
+On Hopper one kernel makes the sum where it makes the products, in about the time that cuBLASLt takes for the products
+alone; their results would otherwise be written, read and written again, 61 of the 754 ms of an 8B step on an H100
+(benchmarks/bench_fp8_sum.py). It is persistent, and its operands come by TMA, those of the adapter too: through pointers
+they cost a tenth of the time. Elsewhere each product is made by itself, and one pass adds them.
 
 Letters of tensor shapes: T rows (tokens), N columns of the result, K what a product sums over, R rank.
 """
