@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from truetune.ops.backend import next_power_of_2
+
 TARGETS = {75: "fp16", 80: "bf16", 86: "bf16", 89: "bf16", 90: "bf16", 100: "bf16"}  # bf16 begins with 80
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # what one program may have
 FP8_FROM = 89
@@ -64,7 +66,9 @@ def kernels() -> list[Kernel]:
     no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
     no_norm_grads = no_norms | {"dweight_ptr": None}
     low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
-    d_low_rank = {"BLOCK_T": 32, "BLOCK_N": 512}
+    module = import_module("truetune.ops.low_rank")
+    d_low_rank = {"BLOCK_T": module._BACKWARD_T, "BLOCK_N": module._BACKWARD_N}
+    d_low_rank_warps, d_low_rank_stages = module._BACKWARD_WARPS, module._BACKWARD_STAGES
     nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
     plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
@@ -119,20 +123,25 @@ def kernels() -> list[Kernel]:
             Kernel(
                 "low_rank",
                 "_low_rank_backward_kernel",
-                4,
+                d_low_rank_warps,
                 d_low_rank | {"RANK": rank, "BLOCK_R": max(16, rank)},
                 targets=range(80, 1000),
-                num_stages=2,
+                num_stages=d_low_rank_stages,
             )
             for rank in (8, 16, 32)
         ),
         Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
         *(
             Kernel(
-                "fp8_sum", "_fp8_sum_kernel", 8, sum_of_products(products, rank, add), wide=False, targets=range(90, 91)
+                "fp8_sum",
+                "_fp8_sum_kernel",
+                8,
+                sum_of_products(products, rank, add, by_rank),
+                wide=False,
+                targets=range(90, 91),
             )
             for products in (1, 2, 3)
-            for rank in (0, 16, 64, 256)
+            for rank, by_rank in ((0, False), (8, False), (16, True), (48, True), (64, False), (64, True), (256, True))
             for add in (False, True)
         ),
         Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
@@ -155,14 +164,14 @@ def tiles_of_heads(
     return tiles.pop("num_warps"), tiles
 
 
-def sum_of_products(products: int, rank: int, add: bool) -> dict[str, Any]:
+def sum_of_products(products: int, rank: int, add: bool, by_rank: bool) -> dict[str, Any]:
     """The constants of the kernel of `fp8_sum`."""
     module = import_module("truetune.ops.fp8_sum")
     tile = {"BLOCK_T": module._BLOCK_T, "BLOCK_N": module._BLOCK_N, "BLOCK_K": module._BLOCK_K}
-    tile["BLOCK_R"] = min(module._LARGEST_BLOCK_R, max(16, rank))
+    tile["BLOCK_R"] = min(module._LARGEST_BLOCK_R, max(16, next_power_of_2(rank)))
     absent = [f"{side}{i}_{what}" for i in range(products, 3) for side in "ab" for what in ("desc", "scale_ptr")]
     absent += ["x_desc", "adapter_desc"] * (rank == 0) + ["add_desc"] * (not add)
-    flags = {"PRODUCTS": products, "RANK": rank, "ADAPTER_BY_RANK": products > 1, "HAS_ADD": add}
+    flags = {"PRODUCTS": products, "RANK": rank, "ADAPTER_BY_RANK": by_rank, "HAS_ADD": add}
     flags |= {"GROUP": module._GROUP, "FLATTEN": products == 1 and rank <= tile["BLOCK_R"]}
     return tile | flags | dict.fromkeys(absent)
 

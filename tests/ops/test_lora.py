@@ -5,10 +5,12 @@ import torch
 
 from truetune.ops import backend
 from truetune.ops.dropout import seeded_dropout
+from truetune.ops.fp8 import Fp8Weight, quantize_rows, why_not_fp8
 from truetune.ops.lora import (
     DenseWeight,
     Linear,
     Nf4Weight,
+    QuantizedWeight,
     draw_seeds,
     linears_backward_input,
     linears_backward_parameters,
@@ -84,6 +86,49 @@ def test_what_drops_out_in_the_forward_pass_has_no_gradient(device, dtype):
         assert error(mine, his.double()) <= (1e-5 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize("fp8", [(True, True, True), (True, False, True)], ids=["all FP8", "mixed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fp8_weights_beside_adapters_give_the_sums_of_fp64(device, fp8, dropout):
+    """Of what the rows of x, dy and the weights are in E4M3."""
+    if device == "cuda" and (reason := why_not_fp8("cuda")):
+        pytest.skip(reason)
+    x, dys = randn(device, T, 64), [randn(device, T, n, seed=n) for n in (48, 32, 80)]
+    linears = []
+    for i, (n, rank) in enumerate(zip((48, 32, 80), (8, 0, 16), strict=True)):
+        weight = (randn(device, n, 64, seed=i) / 8).bfloat16()
+        a, b = (randn(device, rank, 64, seed=20 + i) / 8, randn(device, n, rank, seed=30 + i)) if rank else (None, None)
+        held = QuantizedWeight(Fp8Weight.quantize(weight)) if fp8[i] else DenseWeight(weight)
+        linears.append(Linear(held, None, a, b, 1.5, dropout if rank else 0.0, seed=7 + i))
+    with torch.no_grad():
+        ys, xa = linears_forward(x, linears)
+        dx, _ = linears_backward_input(dys, xa, linears)
+
+    def of(rows, quantized):
+        rows8, scale = quantize_rows(rows)
+        return rows8.double() * scale.double()[:, None] if quantized else rows.double()
+
+    exact_dx = torch.zeros_like(x, dtype=torch.float64)
+    for y, dy, linear, quantized in zip(ys, dys, linears, fp8, strict=True):
+        weight = linear.weight.weight if quantized else linear.weight.weight_NK
+        forward = weight.dequantize(torch.float64) if quantized else weight.double()
+        backward = (weight.weight8_KN.double() * weight.scale_1K.double().t()).t() if quantized else weight.double()
+        exact = of(x, quantized) @ forward.t()
+        exact_dx += of(dy, quantized) @ backward
+        if linear.a_RK is not None:
+            mask = 1.0
+            if dropout:
+                mask = seeded_dropout(torch.ones_like(x, dtype=torch.float32), dropout, linear.seed).double()
+            a, b = linear.a_RK.double() * 1.5, linear.b_NR.double()
+            exact += (x.double() * mask) @ a.t() @ b.t()
+            exact_dx += (dy.double() @ b @ a) * mask
+        assert error(y, exact) < 0.01
+    assert error(dx, exact_dx) < 0.01
+
+
+def randn(device, *shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+
+
 def test_a_part_of_the_rows_drops_out_as_in_the_whole(device):
     x = torch.randn(50, 300, device=device)
     whole = seeded_dropout(x, 0.3, 2**40 + 5)
@@ -146,5 +191,5 @@ def test_4_bit_weights_are_those_of_bitsandbytes(device, dtype, nested):
     assert mine.shape == weight.shape and mine.dtype == dtype
     assert (mine.float() - theirs.float()).abs().max() <= torch.finfo(dtype).eps * theirs.abs().max()
     x = torch.randn(5, 320, device=device, dtype=dtype)
-    product = Nf4Weight(packed, state).times(x, None)
+    product = Nf4Weight(packed, state).times(x)
     assert torch.allclose(product.float(), (x @ mine.t()).float(), rtol=1e-5, atol=1e-5)

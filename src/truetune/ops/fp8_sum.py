@@ -2,8 +2,8 @@
 
 On Hopper one kernel makes the sum where it makes the products, in about the time that cuBLASLt takes for the products
 alone; their results would otherwise be written, read and written again, 61 of the 754 ms of an 8B step on an H100
-(benchmarks/bench_fp8_sum.py). It is persistent, and its operands come by TMA, those of the adapter too: through pointers
-they cost a tenth of the time. Elsewhere each product is made by itself, and one pass adds them.
+(benchmarks/bench_fp8_sum.py). It is persistent, and its operands come by TMA, those of the adapter too: through
+pointers they cost a tenth of the time. Elsewhere each product is made by itself, and one pass adds them.
 
 Letters of tensor shapes: T rows (tokens), N columns of the result, K what a product sums over, R rank.
 """
@@ -26,7 +26,7 @@ from truetune.ops.backend import (
     use_kernels,
 )
 from truetune.ops.fp8 import Fp8Product, scaled_product
-from truetune.ops.low_rank import low_rank_product
+from truetune.ops.low_rank import LowRank, low_rank_product
 
 _BLOCK_T, _BLOCK_N, _BLOCK_K, _NUM_WARPS, _NUM_STAGES = 128, 256, 128, 8, 3
 _LARGEST_BLOCK_R = 64  # with 3 stages, 224 of the 227 KiB of shared memory
@@ -37,17 +37,18 @@ _MAX_PRODUCTS = 3
 # Triton kernel
 
 if triton is not None:
-    _LEAST_RATIO = tl.constexpr(2.0**-20)
+    _LEAST_RATIO = tl.constexpr(2.0**-40)
 
     @triton.jit
-    def _in_units_of(scale, next_ptr, index, size):
-        """The next product's scales, and what turns a sum in units of the last one's into theirs.
+    def _in_units_of(next_ptr, scale, largest, index, size):
+        """The next product's scales, what turns a sum in units of the last one's into theirs, and the largest so far.
 
-        A next scale is at least 2^-20 of the last, so that no sum overflows where the next row is zero. Where that
-        makes a scale larger, all that the next row holds is less than what the last row was rounded by.
+        A scale is taken as at least 2^-40 of the largest, so that no sum overflows where the next row is zero: over all
+        steps it grows by 2^80 at most, from less than 2^32. What a row holds is then made too large only where its own
+        scale is smaller than that, and shows only where the scales of the other side make up for it.
         """
-        next_scale = tl.maximum(tl.load(next_ptr + index, mask=index < size, other=1.0), scale * _LEAST_RATIO)
-        return next_scale, scale / next_scale
+        next_scale = tl.maximum(tl.load(next_ptr + index, mask=index < size, other=1.0), largest * _LEAST_RATIO)
+        return next_scale, scale / next_scale, tl.maximum(largest, next_scale)
 
     @triton.jit(do_not_specialize=["T", "programs"])
     def _fp8_sum_kernel(
@@ -70,19 +71,20 @@ if triton is not None:
                 out = tl.dot(a0_desc.load([t, k]), b0_desc.load([n, k]).T, out)
             a_scale = tl.load(a0_scale_ptr + row, mask=row < T, other=1.0)
             b_scale = tl.load(b0_scale_ptr + col, mask=col < N, other=1.0)
+            a_largest, b_largest = a_scale, b_scale
             if PRODUCTS > 1:
-                a_scale, a_factor = _in_units_of(a_scale, a1_scale_ptr, row, T)
-                b_scale, b_factor = _in_units_of(b_scale, b1_scale_ptr, col, N)
+                a_scale, a_factor, a_largest = _in_units_of(a1_scale_ptr, a_scale, a_largest, row, T)
+                b_scale, b_factor, b_largest = _in_units_of(b1_scale_ptr, b_scale, b_largest, col, N)
                 out *= a_factor[:, None] * b_factor[None, :]
                 for k in range(0, K1, BLOCK_K):
                     out = tl.dot(a1_desc.load([t, k]), b1_desc.load([n, k]).T, out)
             if PRODUCTS > 2:
-                a_scale, a_factor = _in_units_of(a_scale, a2_scale_ptr, row, T)
-                b_scale, b_factor = _in_units_of(b_scale, b2_scale_ptr, col, N)
+                a_scale, a_factor, a_largest = _in_units_of(a2_scale_ptr, a_scale, a_largest, row, T)
+                b_scale, b_factor, b_largest = _in_units_of(b2_scale_ptr, b_scale, b_largest, col, N)
                 out *= a_factor[:, None] * b_factor[None, :]
                 for k in range(0, K2, BLOCK_K):
                     out = tl.dot(a2_desc.load([t, k]), b2_desc.load([n, k]).T, out)
-            out *= a_scale[:, None] * b_scale[None, :]
+            out = out * a_scale[:, None] * b_scale[None, :]  # not by their product, which may be below fp32's numbers
 
             for start in tl.static_range(0, RANK, BLOCK_R):
                 if ADAPTER_BY_RANK:
@@ -103,24 +105,25 @@ if triton is not None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Launcher and plain sum
 
-LowRank = tuple[Tensor, Tensor]  # x_TR and b_NR, for x @ b.T
+
+def _by_tma(tensor: Tensor) -> bool:
+    """Elements are neighbours, rows and the first address multiples of 16 bytes."""
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and row_bytes % 16 == 0 and row_bytes > 0 and tensor.data_ptr() % 16 == 0
 
 
 def _fits_kernel(
     products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, dtype: torch.dtype
 ) -> bool:
-    device_tensor = products[0].a8_TK
-    if not use_kernels(device_tensor) or not (
-        backend.FORCE_KERNELS or compute_capability(device_tensor.device) == (9, 0)
-    ):
+    first = products[0].a8_TK
+    if not use_kernels(first) or not (backend.FORCE_KERNELS or compute_capability(first.device) == (9, 0)):
         return False
-    if len(products) > _MAX_PRODUCTS or dtype != torch.bfloat16 or (add_TN is not None and add_TN.dtype != dtype):
+    if len(products) > _MAX_PRODUCTS or dtype != torch.bfloat16:
         return False
-    if low_rank is None:
-        return True
-    x_TR, b_NR = low_rank
-    # TMA: addresses and strides are multiples of 16 bytes.
-    return b_NR.shape[1] % 8 == 0 and x_TR.stride(0) % 8 == 0 and x_TR.data_ptr() % 16 == 0
+    if add_TN is not None and (add_TN.dtype != dtype or not _by_tma(add_TN)):
+        return False
+    # b is copied where it must be; a row of it is as long as the rank.
+    return low_rank is None or (low_rank[1].shape[1] % 8 == 0 and _by_tma(low_rank[0]))
 
 
 def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, out_TN: Tensor) -> None:
@@ -141,10 +144,11 @@ def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Te
         rank, by_rank = b_NR.shape[1], b_NR.stride(1) != 1
         block_r = min(_LARGEST_BLOCK_R, max(16, next_power_of_2(rank)))
         x_desc = tiles(x_TR, _BLOCK_T, block_r)
-        if by_rank:
-            adapter_desc = tiles(b_NR.to(x_TR.dtype).t().contiguous(), block_r, _BLOCK_N)
-        else:
-            adapter_desc = tiles(b_NR.to(x_TR.dtype), _BLOCK_N, block_r)
+        adapter = b_NR.to(x_TR.dtype)
+        adapter = adapter.t() if by_rank else adapter
+        if not _by_tma(adapter):
+            adapter = adapter.clone(memory_format=torch.contiguous_format)
+        adapter_desc = tiles(adapter, *((block_r, _BLOCK_N) if by_rank else (_BLOCK_N, block_r)))
     num_tiles = cdiv(T, _BLOCK_T) * cdiv(N, _BLOCK_N)
     programs = min(num_tiles, num_multiprocessors(out_TN.device))
     with torch.cuda.device_of(out_TN):
@@ -171,7 +175,8 @@ def fp8_sum(
     """All products, x @ b.T of `low_rank`, and `add_TN`: [T, N] in the dtype of `add_TN`, else in `dtype`.
 
     b is rounded to the dtype of x. Where one kernel makes the sum (Hopper, bf16, at most three products, a rank that 8
-    divides) it is rounded once; elsewhere each product is rounded to `dtype` before they are summed in fp32.
+    divides) it is rounded once; elsewhere each product is rounded to `dtype`, and so is each sum where there is no
+    `low_rank`.
     """
     T, N = products[0].a8_TK.shape[0], products[0].b8_NK.shape[0]
     if T and _fits_kernel(products, low_rank, add_TN, dtype):
@@ -180,7 +185,8 @@ def fp8_sum(
         return out_TN
     parts = [scaled_product(product, out_dtype=dtype) for product in products]
     if low_rank is None:
-        return functools.reduce(Tensor.add_, parts[1:], parts[0] if add_TN is None else add_TN + parts[0])
+        total = functools.reduce(Tensor.add_, parts)
+        return total if add_TN is None else add_TN + total.to(add_TN.dtype)
     if add_TN is None:
         return low_rank_product(*low_rank, parts, parts[0])
-    return low_rank_product(*low_rank, [*parts, add_TN], torch.empty_like(add_TN))
+    return low_rank_product(*low_rank, [add_TN, *parts], torch.empty_like(add_TN))

@@ -20,7 +20,7 @@ from torch import Tensor
 from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Product, Fp8Weight, quantize_rows
 from truetune.ops.fp8_sum import fp8_sum
-from truetune.ops.low_rank import low_rank_backward, low_rank_product, matmul_fp32
+from truetune.ops.low_rank import LowRank, low_rank_backward, low_rank_product, matmul_fp32
 from truetune.ops.nf4 import dequantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,11 +46,8 @@ class Quantized(NamedTuple):
 
 
 class Weight(Protocol):
-    """What stands behind a linear: the two products with it.
-
-    A product is added to `out` where there is one, whose memory may become the result's. `fp8`: it is one of
-    `quantized`; x and dy give the dtype.
-    """
+    """What stands behind a linear: the two products with it. x and dy give the dtype; `fp8`: they are those of
+    `quantized`."""
 
     @property
     def out_features(self) -> int: ...
@@ -61,9 +58,15 @@ class Weight(Protocol):
     @property
     def fp8(self) -> bool: ...
 
-    def times(self, x_TK: Tensor, out_TN: Tensor | None, quantized: Quantized | None) -> Tensor: ...
+    def times(
+        self, x_TK: Tensor, quantized: Quantized | None, low_rank: LowRank | None, residual_TN: Tensor | None
+    ) -> Tensor:
+        """x @ W.T, what `low_rank` gives, and the residual, which stays as it is and gives the dtype."""
+        ...
 
-    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None, quantized: Quantized | None) -> Tensor: ...
+    def transposed_times(self, dy_TN: Tensor, out_TK: Tensor | None, quantized: Quantized | None) -> Tensor:
+        """dy @ W, added to `out` where there is one, whose memory may become the result's."""
+        ...
 
     def prepared(self, dtype: torch.dtype) -> "Weight":
         """The same weight, with what several products in a row would each do done once."""
@@ -87,8 +90,14 @@ class DenseWeight(NamedTuple):
     def fp8(self) -> bool:
         return False
 
-    def times(self, x_TK, out_TN, quantized=None) -> Tensor:
-        return _add_product(out_TN, x_TK, self.weight_NK.detach().to(x_TK.dtype).t())
+    def times(self, x_TK, quantized=None, low_rank: LowRank | None = None, residual_TN=None) -> Tensor:
+        weight_KN = self.weight_NK.detach().to(x_TK.dtype).t()
+        if low_rank is None:
+            return _add_product(None if residual_TN is None else residual_TN.clone(), x_TK, weight_KN)
+        if residual_TN is not None:
+            return low_rank_product(*low_rank, (x_TK @ weight_KN, residual_TN), torch.empty_like(residual_TN))
+        out_TN = low_rank_product(*low_rank, (), x_TK.new_empty(len(x_TK), self.out_features))
+        return _add_product(out_TN, x_TK, weight_KN)
 
     def transposed_times(self, dy_TN, out_TK, quantized=None) -> Tensor:
         return _add_product(out_TK, dy_TN, self.weight_NK.detach().to(dy_TN.dtype))
@@ -115,8 +124,8 @@ class Nf4Weight(NamedTuple):
     def out_features(self) -> int:
         return self.quant_state.shape[0]
 
-    def times(self, x_TK, out_TN, quantized=None) -> Tensor:
-        return self.prepared(x_TK.dtype).times(x_TK, out_TN)
+    def times(self, x_TK, quantized=None, low_rank: LowRank | None = None, residual_TN=None) -> Tensor:
+        return self.prepared(x_TK.dtype).times(x_TK, None, low_rank, residual_TN)
 
     def transposed_times(self, dy_TN, out_TK, quantized=None) -> Tensor:
         return self.prepared(dy_TN.dtype).transposed_times(dy_TN, out_TK)
@@ -142,18 +151,15 @@ class QuantizedWeight(NamedTuple):
     def out_features(self) -> int:
         return self.weight.weight8_NK.shape[0]
 
-    def product(self, x: Quantized | None) -> Fp8Product:
-        assert x is not None
-        return self.weight.times(*x)
-
     def transposed_product(self, dy: Quantized | None) -> Fp8Product:
         assert dy is not None
         return self.weight.transposed_times(*dy)
 
-    def times(self, x_TK, out_TN, quantized) -> Tensor:
-        return fp8_sum([self.product(quantized)], add_TN=out_TN, dtype=x_TK.dtype)
+    def times(self, x_TK, quantized=None, low_rank: LowRank | None = None, residual_TN=None) -> Tensor:
+        assert quantized is not None
+        return fp8_sum([self.weight.times(*quantized)], low_rank=low_rank, add_TN=residual_TN, dtype=x_TK.dtype)
 
-    def transposed_times(self, dy_TN, out_TK, quantized) -> Tensor:
+    def transposed_times(self, dy_TN, out_TK, quantized=None) -> Tensor:
         return fp8_sum([self.transposed_product(quantized)], add_TN=out_TK, dtype=dy_TN.dtype)
 
     def prepared(self, dtype: torch.dtype) -> "QuantizedWeight":
@@ -292,19 +298,10 @@ def linears_forward(
     quantized = quantized_if_needed(x_TK, linears, quantized)
     results = []
     for linear, ranks in zip(linears, _rank_slices(linears), strict=True):
-        weight, low_rank = linear.weight, None
+        low_rank = None
         if linear.b_NR is not None and xa_TS is not None:
             low_rank = (xa_TS[:, ranks], linear.b_NR.detach())
-        if isinstance(weight, QuantizedWeight):
-            out = fp8_sum([weight.product(quantized)], low_rank=low_rank, add_TN=residual_TN, dtype=x_TK.dtype)
-        elif low_rank is None:
-            out = weight.times(x_TK, None if residual_TN is None else residual_TN.clone(), quantized)
-        elif residual_TN is not None:
-            y_TN = weight.times(x_TK, None, quantized)
-            out = low_rank_product(*low_rank, (y_TN, residual_TN), torch.empty_like(residual_TN))
-        else:
-            out = low_rank_product(*low_rank, (), x_TK.new_empty(len(x_TK), weight.out_features))
-            out = weight.times(x_TK, out, quantized)
+        out = linear.weight.times(x_TK, quantized, low_rank, residual_TN)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
 

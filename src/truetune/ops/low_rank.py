@@ -3,6 +3,7 @@
 Letters of tensor shapes: T tokens, N output features, R rank.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from truetune.ops.backend import (
 
 _BACKWARD_T, _BACKWARD_N, _BACKWARD_WARPS, _BACKWARD_STAGES = 32, 512, 4, 2  # tiles of dy
 _SUM_BLOCK = 1024
+
+LowRank = tuple[Tensor, Tensor]  # x_TR and b_NR, for x @ b.T
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
@@ -105,8 +108,8 @@ if triton is not None:
 
 
 def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN: Tensor) -> Tensor:
-    """out = x @ b.T + up to three addends, summed in fp32; b is rounded to the dtype of x on its way in. Returns out,
-    which may be one of the addends."""
+    """out = x @ b.T + the addends, summed in fp32, but where there are four or more all from the third on in their own
+    dtype first. b is rounded to the dtype of x. Returns out, which may be one of the addends."""
     if not use_kernels(x_TR):
         product_TN = matmul_fp32(x_TR, b_NR.t().to(x_TR.dtype))
         for add_TN in adds:
@@ -116,6 +119,8 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
     if T == 0:
         return out_TN
     block_t, block_n = 32, 128 if N >= 128 else 64  # small, so that many wait for memory at once
+    if len(adds) > 3:
+        adds = [*adds[:2], functools.reduce(torch.add, adds[2:])]
     padding = [None] * (3 - len(adds))
     with torch.cuda.device_of(x_TR):
         _low_rank_product_kernel[(cdiv(T, block_t), cdiv(N, block_n))](
@@ -134,13 +139,14 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
     One pass over dy where that pays: for ranks up to 32 (benchmarks/bench_low_rank.py).
     """
     (T, N), R = dy_TN.shape, x_TR.shape[1]
-    if not _one_pass_pays(dy_TN, b_NR, R):
+    if not _one_pass_pays(dy_TN, b_NR, x_TR):
         return dy_TN @ b_NR.to(dy_TN.dtype), matmul_fp32(dy_TN.t(), x_TR)
     blocks_n = cdiv(N, _BACKWARD_N)
     splits = max(1, min(cdiv(T, _BACKWARD_T), 2 * num_multiprocessors(dy_TN.device) // blocks_n))
     rows = cdiv(cdiv(T, _BACKWARD_T), splits) * _BACKWARD_T
     splits = cdiv(T, rows)
-    dx_TR, db_NR = dy_TN.new_empty(T, R), torch.empty((N, R), device=dy_TN.device)
+    dx_TR = torch.empty((T, R), dtype=dy_TN.dtype, device=dy_TN.device)
+    db_NR = torch.empty((N, R), device=dy_TN.device)
     dx_parts, db_parts = (torch.empty(shape, device=dy_TN.device) for shape in ((blocks_n, T, R), (splits, N, R)))
     dx_blocks, db_blocks = cdiv(T * R, _SUM_BLOCK), cdiv(N * R, _SUM_BLOCK)
     with torch.cuda.device_of(dy_TN):
@@ -155,14 +161,14 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
     return dx_TR, db_NR
 
 
-def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, rank: int) -> bool:
-    T, N = dy_TN.shape
-    if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or T == 0 or b_NR.stride(1) != 1:
+def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
+    (T, N), R = dy_TN.shape, x_TR.shape[1]
+    if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or x_TR.dtype != dy_TN.dtype or T == 0 or R > 32:
         return False
-    if not dy_TN.is_cuda:
-        return rank <= 32
+    if any(tensor.stride(1) != 1 for tensor in (dy_TN, b_NR, x_TR)):
+        return False
     # Before Ampere a tile does not fit into shared memory; narrow results gain nothing.
-    return rank <= 32 and N >= 2048 and compute_capability(dy_TN.device) >= (8, 0)
+    return not dy_TN.is_cuda or (N >= 2048 and compute_capability(dy_TN.device) >= (8, 0))
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
