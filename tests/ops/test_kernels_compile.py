@@ -45,6 +45,10 @@ class Kernel(NamedTuple):
 
 
 def kernels() -> list[Kernel]:
+    return [*of_the_head(), *of_activations(), *of_norms(), *of_rope(), *of_linears()]
+
+
+def of_the_head() -> list[Kernel]:
     cross_entropy = import_module("truetune.ops.cross_entropy")
     flags = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ROW_WEIGHTS", "SMOOTHING", "DFT")
     tile = {
@@ -57,20 +61,6 @@ def kernels() -> list[Kernel]:
     loss, loss_warps = ("cross_entropy", "_cross_entropy_kernel"), cross_entropy._NUM_WARPS
     every, none = dict.fromkeys(flags, True), dict.fromkeys(flags, False) | {"bias_ptr": None, "row_weights_ptr": None}
     rows = {"BLOCK_K": 1, "BLOCK_H": 4096}
-    fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
-    norm, d_norm = ("rms_norm", "_rms_norm_forward_kernel"), ("rms_norm", "_rms_norm_backward_kernel")
-    no_fp8 = {"y8_ptr": None, "scale_ptr": None}
-    plain = no_fp8 | {"added_ptr": None, "residual_ptr": None, "sum_ptr": None}
-    frozen = dict.fromkeys(("dy_b_ptr", "dy_c_ptr", "dresidual_ptr", "dweight_ptr"))
-    rope, d_rope = ("rope", "_rope_forward_kernel"), ("rope", "_rope_backward_kernel")
-    no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
-    no_norm_grads = no_norms | {"dweight_ptr": None}
-    low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
-    module = import_module("truetune.ops.low_rank")
-    d_low_rank = {"BLOCK_T": module._BACKWARD_T, "BLOCK_N": module._BACKWARD_N}
-    d_low_rank_warps, d_low_rank_stages = module._BACKWARD_WARPS, module._BACKWARD_STAGES
-    nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
-    plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
@@ -78,6 +68,12 @@ def kernels() -> list[Kernel]:
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}),
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False, "rows_ptr": None}),
         *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": add, "scale_ptr": None}) for add in (False, True)),
+    ]
+
+
+def of_activations() -> list[Kernel]:
+    fp8 = dict.fromkeys(("dgate8_ptr", "dup8_ptr", "dgate_scale_ptr", "dup_scale_ptr"))
+    return [
         *(
             Kernel("swiglu", name, 4, {"ACTIVATION": activation, "BLOCK": 1024, "QUANTIZE": False} | without)
             for activation in ("silu", "gelu_tanh", "gelu")
@@ -98,11 +94,29 @@ def kernels() -> list[Kernel]:
             for one_scale in (False, True)
         ),
         Kernel("fp8", "_quantize_rows_kernel", 16, {"BLOCK": 4096}, wide=False),  # 8 bytes are 8 elements of FP8
+        Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
+    ]
+
+
+def of_norms() -> list[Kernel]:
+    norm, d_norm = ("rms_norm", "_rms_norm_forward_kernel"), ("rms_norm", "_rms_norm_backward_kernel")
+    no_fp8 = {"y8_ptr": None, "scale_ptr": None}
+    plain = no_fp8 | {"added_ptr": None, "residual_ptr": None, "sum_ptr": None}
+    frozen = dict.fromkeys(("dy_b_ptr", "dy_c_ptr", "dresidual_ptr", "dweight_ptr"))
+    return [
         *(Kernel(*norm, *tile_of_rows(H, 2048, plain)) for H in (64, 1024, 16384)),
         Kernel(*norm, *tile_of_rows(4096, 2048, no_fp8)),
         Kernel(*norm, *tile_of_rows(4096, 2048, {})),
         Kernel(*d_norm, *tile_of_rows(4096, 2048, frozen)),
         *(Kernel(*d_norm, *tile_of_rows(H, 4096, {})) for H in (128, 1024, 16384)),
+    ]
+
+
+def of_rope() -> list[Kernel]:
+    rope, d_rope = ("rope", "_rope_forward_kernel"), ("rope", "_rope_backward_kernel")
+    no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
+    no_norm_grads = no_norms | {"dweight_ptr": None}
+    return [
         Kernel(*rope, *tiles_of_heads(32, 8, 128, 128, 32, no_norms)),
         Kernel(*rope, *tiles_of_heads(64, 8, 128, 128, 32, {})),
         Kernel(*rope, *tiles_of_heads(28, 4, 96, 72, 32, no_norms), wide=False),
@@ -110,6 +124,16 @@ def kernels() -> list[Kernel]:
         Kernel(*d_rope, *tiles_of_heads(64, 8, 128, 128, 16, {"dweight_ptr": None})),
         Kernel(*d_rope, *tiles_of_heads(16, 8, 128, 128, 16, {})),
         Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
+    ]
+
+
+def of_linears() -> list[Kernel]:
+    module = import_module("truetune.ops.low_rank")
+    low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
+    d_low_rank = {"BLOCK_T": module._BACKWARD_T, "BLOCK_N": module._BACKWARD_N}
+    nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
+    plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
+    return [
         *(
             Kernel(
                 "low_rank",
@@ -123,10 +147,10 @@ def kernels() -> list[Kernel]:
             Kernel(
                 "low_rank",
                 "_low_rank_backward_kernel",
-                d_low_rank_warps,
+                module._BACKWARD_WARPS,
                 d_low_rank | {"RANK": rank, "BLOCK_R": max(16, rank)},
                 targets=range(80, 1000),
-                num_stages=d_low_rank_stages,
+                num_stages=module._BACKWARD_STAGES,
             )
             for rank in (8, 16, 32)
         ),
@@ -144,7 +168,6 @@ def kernels() -> list[Kernel]:
             for rank, by_rank in ((0, False), (8, False), (16, True), (48, True), (64, False), (64, True), (256, True))
             for add in (False, True)
         ),
-        Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | plain_nf4 | {"NESTED": False}, wide=False),
     ]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truetune.ops import backend
 from truetune.ops.backend import (
     cdiv,
     compute_capability,
@@ -50,6 +49,22 @@ if triton is not None:
         next_scale = tl.maximum(tl.load(next_ptr + index, mask=index < size, other=1.0), largest * _LEAST_RATIO)
         return next_scale, scale / next_scale, tl.maximum(largest, next_scale)
 
+    @triton.jit
+    def _add_product(out, a_desc, b_desc, t, n, K, BLOCK_K: tl.constexpr):
+        for k in range(0, K, BLOCK_K):
+            out = tl.dot(a_desc.load([t, k]), b_desc.load([n, k]).T, out)
+        return out
+
+    @triton.jit
+    def _add_next_product(
+        out, a_scale, b_scale, a_largest, b_largest, a_desc, b_desc, a_scale_ptr, b_scale_ptr, t, n, row, col, T, N, K,
+        BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        a_scale, a_factor, a_largest = _in_units_of(a_scale_ptr, a_scale, a_largest, row, T)
+        b_scale, b_factor, b_largest = _in_units_of(b_scale_ptr, b_scale, b_largest, col, N)
+        out = _add_product(out * (a_factor[:, None] * b_factor[None, :]), a_desc, b_desc, t, n, K, BLOCK_K)
+        return out, a_scale, b_scale, a_largest, b_largest
+
     @triton.jit(do_not_specialize=["T", "programs"])
     def _fp8_sum_kernel(
         a0_desc, b0_desc, a0_scale_ptr, b0_scale_ptr, a1_desc, b1_desc, a1_scale_ptr, b1_scale_ptr,
@@ -67,23 +82,20 @@ if triton is not None:
             row, col = t + tl.arange(0, BLOCK_T), n + tl.arange(0, BLOCK_N)
 
             out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-            for k in range(0, K0, BLOCK_K):
-                out = tl.dot(a0_desc.load([t, k]), b0_desc.load([n, k]).T, out)
+            out = _add_product(out, a0_desc, b0_desc, t, n, K0, BLOCK_K)
             a_scale = tl.load(a0_scale_ptr + row, mask=row < T, other=1.0)
             b_scale = tl.load(b0_scale_ptr + col, mask=col < N, other=1.0)
             a_largest, b_largest = a_scale, b_scale
             if PRODUCTS > 1:
-                a_scale, a_factor, a_largest = _in_units_of(a1_scale_ptr, a_scale, a_largest, row, T)
-                b_scale, b_factor, b_largest = _in_units_of(b1_scale_ptr, b_scale, b_largest, col, N)
-                out *= a_factor[:, None] * b_factor[None, :]
-                for k in range(0, K1, BLOCK_K):
-                    out = tl.dot(a1_desc.load([t, k]), b1_desc.load([n, k]).T, out)
+                out, a_scale, b_scale, a_largest, b_largest = _add_next_product(
+                    out, a_scale, b_scale, a_largest, b_largest,
+                    a1_desc, b1_desc, a1_scale_ptr, b1_scale_ptr, t, n, row, col, T, N, K1, BLOCK_K,
+                )  # fmt: skip
             if PRODUCTS > 2:
-                a_scale, a_factor, a_largest = _in_units_of(a2_scale_ptr, a_scale, a_largest, row, T)
-                b_scale, b_factor, b_largest = _in_units_of(b2_scale_ptr, b_scale, b_largest, col, N)
-                out *= a_factor[:, None] * b_factor[None, :]
-                for k in range(0, K2, BLOCK_K):
-                    out = tl.dot(a2_desc.load([t, k]), b2_desc.load([n, k]).T, out)
+                out, a_scale, b_scale, a_largest, b_largest = _add_next_product(
+                    out, a_scale, b_scale, a_largest, b_largest,
+                    a2_desc, b2_desc, a2_scale_ptr, b2_scale_ptr, t, n, row, col, T, N, K2, BLOCK_K,
+                )  # fmt: skip
             out = out * a_scale[:, None] * b_scale[None, :]  # not by their product, which may be below fp32's numbers
 
             for start in tl.static_range(0, RANK, BLOCK_R):
@@ -116,7 +128,7 @@ def _fits_kernel(
     products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, dtype: torch.dtype
 ) -> bool:
     first = products[0].a8_TK
-    if not use_kernels(first) or not (backend.FORCE_KERNELS or compute_capability(first.device) == (9, 0)):
+    if not use_kernels(first) or (first.is_cuda and compute_capability(first.device) != (9, 0)):
         return False
     if len(products) > _MAX_PRODUCTS or dtype != torch.bfloat16:
         return False
