@@ -26,10 +26,14 @@ POINTERS = {
     "dx_parts_ptr": "*fp32", "db_parts_ptr": "*fp32", "db_ptr": "*fp32",
     "dweight_ptr": "*fp32", "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8",
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
-    "offset_ptr": "*fp32", "adapter_ptr": "*fp32",
+    "offset_ptr": "*fp32", "adapter_ptr": "*fp32", "labels_ptr": "*i64", "z_label_ptr": "*fp32", "sums_ptr": "*fp32",
+    "state_ptr": "*fp32", "d_hidden_ptr": "*fp32",
     **dict.fromkeys([f"{side}{i}_scale_ptr" for side in "ab" for i in range(3)], "*fp32"),
 }  # fmt: skip
-COUNTS = {"V", "K", "T", "num_pairs", "programs", "rows", "dx_parts", "db_parts", "dx_blocks"}
+COUNTS = {
+    "V", "K", "T", "C", "S", "first_col", "blocks", "size", "num_pairs", "programs", "rows", "dx_parts", "db_parts",
+    "dx_blocks",
+}  # fmt: skip
 WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span", "dx_size", "db_size"}
 
 
@@ -45,7 +49,7 @@ class Kernel(NamedTuple):
 
 
 def kernels() -> list[Kernel]:
-    return [*of_the_head(), *of_activations(), *of_norms(), *of_rope(), *of_linears()]
+    return [*of_the_head(), *of_a_frozen_head(), *of_activations(), *of_norms(), *of_rope(), *of_linears()]
 
 
 def of_the_head() -> list[Kernel]:
@@ -68,6 +72,34 @@ def of_the_head() -> list[Kernel]:
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}),
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False, "rows_ptr": None}),
         *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": add, "scale_ptr": None}) for add in (False, True)),
+    ]
+
+
+def of_a_frozen_head() -> list[Kernel]:
+    module = import_module("truetune.ops.frozen_head")
+    tile = {"BLOCK_C": module._BLOCK_C, "BLOCK_S": module._BLOCK_S, "BLOCK_H": module._BLOCK_H}
+    row = {"BLOCKS": 256, "BLOCK_S": module._BLOCK_S, "BLOCK_H": 4096}
+    every = {"HAS_ROW_WEIGHTS": True, "DFT": True, "STATS": True, "BLOCK_H": 4096}
+    common = {"wide": False, "targets": range(90, 91)}
+    return [
+        Kernel("frozen_head", "_label_logits_kernel", 4, {"BLOCK": 64, "BLOCK_H": module._BLOCK_H}, **common),
+        *(
+            Kernel(
+                "frozen_head",
+                "_exponentials_kernel",
+                module._NUM_WARPS,
+                tile | {"STATS": stats},
+                num_stages=module._NUM_STAGES,
+                **common,
+            )
+            for stats in (False, True)
+        ),
+        *(
+            Kernel("frozen_head", "_join_kernel", 4, row | {"FIRST": first, "STATS": stats}, **common)
+            for first in (False, True)
+            for stats in (False, True)
+        ),
+        Kernel("frozen_head", "_finish_kernel", 4, every, **common),
     ]
 
 
@@ -200,7 +232,11 @@ def sum_of_products(products: int, rank: int, add: bool, by_rank: bool) -> dict[
 
 
 def tile_type(name: str, constants: dict[str, Any]) -> str:
-    """The type of a `*_desc` of the kernel of `fp8_sum`."""
+    """The type of a `*_desc` of the kernels of `frozen_head` and `fp8_sum`."""
+    if "BLOCK_S" in constants:
+        C, S, H = (constants[f"BLOCK_{letter}"] for letter in "CSH")
+        shape = {"hidden_desc": (C, H), "weight_desc": (S, H), "exp_desc": (C, S // 2)}[name]
+        return f"tensordesc<bf16[{shape[0]},{shape[1]}]>"
     T, N, K, R = (constants[f"BLOCK_{letter}"] for letter in "TNKR")
     if name[0] in "ab" and name[1] in "012":
         return f"tensordesc<fp8e4nv[{T if name[0] == 'a' else N},{K}]>"

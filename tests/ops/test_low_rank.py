@@ -44,7 +44,9 @@ def test_gradients_of_a_low_rank_product_are_those_of_fp64(device, rank, rows, i
     assert in_one_pass == [rank <= 32 and use_kernels(dy)]
     assert dx.shape == x.shape and dx.dtype == dy.dtype and db.shape == b.shape and db.dtype == torch.float32
     exact = dy.double() @ b.bfloat16().double()
-    assert ((dx.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+    if in_one_pass[0]:  # cuBLAS may add parts of a sum in bf16
+        assert ((dx.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+    assert error(dx, exact) < 2**-8
     assert error(db, dy.double().t() @ x.double()) < 1e-5
 
 

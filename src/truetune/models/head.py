@@ -13,6 +13,8 @@ from transformers.utils import ModelOutput
 from truetune.models.attention import given_boundaries
 from truetune.models.bound import bind
 from truetune.models.fuse import TAKES_ROWS
+from truetune.ops import frozen_head
+from truetune.ops.cross_entropy import Loss
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -45,6 +47,18 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides, HyperCLOVA X multiplies
         return (float(scaling) if config.model_type == "hyperclovax" else 1 / scaling), softcap
     return 1.0, softcap
+
+
+def loss_in_slabs(model: Any, dtype: torch.dtype, label_smoothing: float) -> bool:
+    """Whether the loss of this model (on the meta device too), of products in `dtype`, holds no logits on this
+    machine's GPU."""
+    head = model.get_output_embeddings()
+    if head.weight.requires_grad or not torch.cuda.is_available():
+        return False
+    logit_scale, softcap = logit_transform(model.config)
+    loss = Loss(logit_scale, softcap, label_smoothing, dft=False)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return frozen_head.has_kernels(device, dtype, head.weight, getattr(head, "bias", None), loss)
 
 
 def bind_fused_loss(model: Any) -> None:

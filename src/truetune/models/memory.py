@@ -21,7 +21,7 @@ from truetune.models.blocks import RECOMPUTED_ROWS
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.fuse import decoder_layers
 from truetune.models.offload import SMALLEST, on_device, pinned_bytes
-from truetune.ops.linear_cross_entropy import _chunk_rows
+from truetune.ops.linear_cross_entropy import chunk_bytes
 
 FP32 = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, a scale a block of 64, a scale of scales a block of 256
@@ -360,7 +360,8 @@ class StepMemory:
     """The memory of one process's training step.
 
     `tokens` of a micro-batch; `optimizer`: bytes of its state; `accumulates`: gradients outlive a micro-batch;
-    `buckets`: DDP's copies of them; `full_logits`: the loss is not ours; `correction`: measured over predicted, of all
+    `buckets`: DDP's copies of them; `full_logits`: the loss is not ours; `head_in_slabs`: its logits
+    are never held (`ops/frozen_head.py`); `correction`: measured over predicted, of all
     but what is held.
     """
 
@@ -371,6 +372,7 @@ class StepMemory:
     buckets: bool = False
     optimizer_step: int = 0
     full_logits: bool = False
+    head_in_slabs: bool = False
     correction: float = 1.0
 
     def before_first_step(self) -> "StepMemory":
@@ -434,9 +436,7 @@ class StepMemory:
         """The bytes of final norm, head and loss, forward and backward; every row of the batch is supervised."""
         m, T = self.model, self.tokens
         hidden, stream, matrix = m.compute * m.hidden * T, m.residual * m.hidden * T, m.head * m.hidden
-        stride = -(-m.head // 64) * 64
-        chunk = _chunk_rows(T, stride * m.compute, kernels=True)
-        logits = min(chunk, T) * (stride + m.hidden) * m.compute
+        logits = chunk_bytes(T, m.hidden, m.head, m.compute, in_slabs=self.head_in_slabs and gradients)
         if self.full_logits:  # and TRL's loss makes fp32 copies of them
             logits = T * m.head * (m.compute + 2 * FP32)
         cast = matrix * m.compute * m.head_made

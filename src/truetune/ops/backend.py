@@ -16,7 +16,19 @@ FORCE_KERNELS = False  # tests set it, to run the kernels on a CPU in Triton's i
 
 def use_kernels(tensor: Tensor) -> bool:
     """Whether tensors like this one go through the Triton kernels, which know no fp64."""
-    return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or FORCE_KERNELS)
+    return kernels_on(tensor.device) and tensor.dtype != torch.float64
+
+
+def kernels_on(device: torch.device) -> bool:
+    """Whether there are Triton kernels for a device."""
+    return triton is not None and (device.type == "cuda" or FORCE_KERNELS)
+
+
+def by_tma(tensor: Tensor) -> bool:
+    """Whether tiles of a matrix may come by TMA: elements are neighbours, rows and the first address multiples of 16
+    bytes."""
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and row_bytes % 16 == 0 and row_bytes > 0 and tensor.data_ptr() % 16 == 0
 
 
 def cdiv(a: int, b: int) -> int:

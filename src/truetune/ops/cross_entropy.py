@@ -192,6 +192,14 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
+def accumulate_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """out = beta * out + a @ b, summed in the dtype of `out`; beta 0 overwrites whatever was there."""
+    if a.dtype != out.dtype and out.is_cuda:
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
 def cross_entropy_chunk(logits_CV: Tensor, bias_V: Tensor | None, rows: Rows, loss: Loss, write_grad: bool) -> None:
     """Writes the rows' results; and, if asked, over the logits, each row's gradient to them as they were before
     `logit_scale`, times the row's weight and `gradient_scale`."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from truetune.ops.backend import (
+    by_tma,
     cdiv,
     compute_capability,
     next_power_of_2,
@@ -118,12 +119,6 @@ if triton is not None:
 # Launcher and plain sum
 
 
-def _by_tma(tensor: Tensor) -> bool:
-    """Elements are neighbours, rows and the first address multiples of 16 bytes."""
-    row_bytes = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and row_bytes % 16 == 0 and row_bytes > 0 and tensor.data_ptr() % 16 == 0
-
-
 def _fits_kernel(
     products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, dtype: torch.dtype
 ) -> bool:
@@ -132,10 +127,10 @@ def _fits_kernel(
         return False
     if len(products) > _MAX_PRODUCTS or dtype != torch.bfloat16:
         return False
-    if add_TN is not None and (add_TN.dtype != dtype or not _by_tma(add_TN)):
+    if add_TN is not None and (add_TN.dtype != dtype or not by_tma(add_TN)):
         return False
     # b is copied where it must be; a row of it is as long as the rank.
-    return low_rank is None or (low_rank[1].shape[1] % 8 == 0 and _by_tma(low_rank[0]))
+    return low_rank is None or (low_rank[1].shape[1] % 8 == 0 and by_tma(low_rank[0]))
 
 
 def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, out_TN: Tensor) -> None:
@@ -158,7 +153,7 @@ def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Te
         x_desc = tiles(x_TR, _BLOCK_T, block_r)
         adapter = b_NR.to(x_TR.dtype)
         adapter = adapter.t() if by_rank else adapter
-        if not _by_tma(adapter):
+        if not by_tma(adapter):
             adapter = adapter.clone(memory_format=torch.contiguous_format)
         adapter_desc = tiles(adapter, *((block_r, _BLOCK_N) if by_rank else (_BLOCK_N, block_r)))
     num_tiles = cdiv(T, _BLOCK_T) * cdiv(N, _BLOCK_N)

@@ -3,6 +3,7 @@
 The kept rows go through the head in chunks of about 4,096: one GEMM makes a chunk's logits, one kernel turns them into
 their gradient in place (`cross_entropy.py`), and one or two more GEMMs turn that into the gradients of the hidden
 states and of the head. All of it happens in the forward pass, so nothing is recomputed; the backward pass only scales.
+A frozen head in bf16 on Hopper holds no logits at all (`frozen_head.py`).
 
 Letters of tensor shapes: N positions (the flattened leading dimensions), K kept rows, C rows of one chunk, H hidden
 size, V vocabulary.
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from truetune.ops import frozen_head
 from truetune.ops.backend import use_kernels
 from truetune.ops.cross_entropy import (
     Loss,
     Rows,
+    accumulate_product,
     cross_entropy_chunk,
     cross_entropy_chunk_torch,
     final_logits,
@@ -30,25 +33,32 @@ from truetune.ops.rows import scale_rows
 # The op
 
 
-def _chunk_rows(num_rows: int, bytes_per_row: int, kernels: bool) -> int:
+def _chunk_rows(num_rows: int, bytes_per_row: int, kernels: bool, in_slabs: bool = False) -> int:
     """Rows a chunk: enough to feed the GEMM, few enough that a chunk's logits stay small, of even size.
 
     1.17 GiB is 4,096 rows of Qwen3's vocabulary: with a hidden size of 1,024 their gradient's product fills 128 of a
     Hopper GPU's 132 multiprocessors, and 104 with what 1 GiB would hold. Plain PyTorch makes several fp32 copies of a
-    chunk, so it gets a sixteenth of a GiB.
+    chunk, so it gets a sixteenth of a GiB. In slabs of the vocabulary no number of rows is too large; 8,192 are no
+    faster than 4,096.
     """
     budget = 7 * 2**30 // 6 if kernels else 2**26
-    most = max(128, min(4096, budget // bytes_per_row // 128 * 128))
+    most = 4096 if in_slabs else max(128, min(4096, budget // bytes_per_row // 128 * 128))
     chunks = max(1, -(-num_rows // most))
     return -(-num_rows // chunks // 128) * 128
 
 
-def _accumulate_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """out = beta * out + a @ b, summed in the dtype of `out`; beta 0 overwrites whatever was there."""
-    if a.dtype != out.dtype and out.is_cuda:
-        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+def _row_stride(vocabulary: int) -> int:
+    """Rows of logits start at multiples of 64 elements: an odd vocabulary costs neither GEMMs nor kernel their wide
+    loads."""
+    return -(-vocabulary // 64) * 64
+
+
+def chunk_bytes(num_rows: int, hidden: int, vocabulary: int, itemsize: int, in_slabs: bool) -> int:
+    """What one chunk of the rows takes for a while, its results aside."""
+    stride = _row_stride(vocabulary)
+    chunk = min(num_rows, _chunk_rows(num_rows, stride * itemsize, kernels=True, in_slabs=in_slabs))
+    made = frozen_head.chunk_bytes(chunk, hidden, vocabulary) if in_slabs else chunk * stride * itemsize
+    return made + chunk * hidden * itemsize
 
 
 def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[Tensor, ...]:
@@ -81,28 +91,32 @@ def linear_cross_entropy_op(
     if K == 0:
         d_weight_VH.zero_()
 
-    # Rows start at multiples of 64 elements: an odd vocabulary costs neither GEMMs nor kernel their wide loads.
-    stride = -(-V // 64) * 64
-    kernels = use_kernels(d_hidden_KH)
-    chunk = max(1, min(K, _chunk_rows(K, stride * dtype.itemsize, kernels)))
-    # There they are 0 while a GEMM reads: oneDNN's multiplies what stands behind a row by 0 (its issue 5717).
-    padded_logits = hidden_NH.new_empty((chunk, stride), dtype=dtype)
-    padded_logits[:, V:] = 0
+    kernels, stride = use_kernels(d_hidden_KH), _row_stride(V)
+    frozen = needs_hidden and not (needs_weight or needs_bias)
+    in_slabs = frozen and frozen_head.has_kernels(hidden_NH.device, dtype, weight_VH, bias_V, loss)
+    chunk = max(1, min(K, _chunk_rows(K, stride * dtype.itemsize, kernels, in_slabs)))
+    if not in_slabs:
+        # There they are 0 while a GEMM reads: oneDNN's multiplies what stands behind a row by 0 (its issue 5717).
+        padded_logits = hidden_NH.new_empty((chunk, stride), dtype=dtype)
+        padded_logits[:, V:] = 0
     cross_entropy = cross_entropy_chunk if kernels else cross_entropy_chunk_torch
     for start in range(0, K, chunk):
         part = slice(start, min(start + chunk, K))
         hidden_CH = hidden_NH[rows_K[part]].to(dtype)
+        row_weights = None if row_weights_K is None else row_weights_K[part]
+        rows = Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
+        if in_slabs:
+            frozen_head.frozen_head_chunk(hidden_CH, weight_VH, rows, loss, d_hidden_KH[part])
+            continue
         logits_CV = padded_logits[: len(hidden_CH), :V]
         torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
         if kernels and stride > V:
             padded_logits[:, V:] = -torch.inf
-        row_weights = None if row_weights_K is None else row_weights_K[part]
-        rows = Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
             torch.mm(logits_CV, weight_VH, out=d_hidden_KH[part])
         if needs_weight:
-            _accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
+            accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
             d_bias_V += logits_CV.sum(0, dtype=d_bias_V.dtype)
     return (loss_K.sum(), *results)  # type: ignore[return-value]

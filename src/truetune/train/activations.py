@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from truetune.models.adapters import embedding_rows
+from truetune.models.adapters import base_model, embedding_rows
 from truetune.models.errors import ModelError
+from truetune.models.head import loss_in_slabs
 from truetune.models.memory import FP32, StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
 from truetune.models.plan import (
     GIB,
@@ -71,6 +72,7 @@ def step_memory(
         accumulates=args.gradient_accumulation_steps > 1,
         buckets=processes > 1,
         optimizer_step=step,
+        head_in_slabs=loss_in_slabs(base_model(model), compute, args.label_smoothing_factor),
     )
 
 
