@@ -58,7 +58,8 @@ def loss_in_slabs(model: Any, dtype: torch.dtype, label_smoothing: float) -> boo
     logit_scale, softcap = logit_transform(model.config)
     loss = Loss(logit_scale, softcap, label_smoothing, dft=False)
     device = torch.device("cuda", torch.cuda.current_device())
-    return frozen_head.has_kernels(device, dtype, head.weight, getattr(head, "bias", None), loss)
+    cast = torch.empty_like(head.weight, dtype=dtype, device="meta")
+    return frozen_head.has_kernels(device, dtype, cast, getattr(head, "bias", None), loss)
 
 
 def bind_fused_loss(model: Any) -> None:

@@ -49,5 +49,6 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; (0, 0) where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Of a GPU by NVIDIA; (0, 0) of others, which count in their own way, and where kernels are interpreted."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)

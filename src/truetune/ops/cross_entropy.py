@@ -46,6 +46,16 @@ if triton is not None:
         return z
 
     @triton.jit
+    def weigh_row(nll, loss, weight, row_weights_ptr, row, HAS_ROW_WEIGHTS: tl.constexpr, DFT: tl.constexpr):
+        """The row's loss, and the factor of its gradient."""
+        if DFT:
+            loss = tl.exp(-nll) * nll
+            weight *= tl.exp(-nll)
+        if HAS_ROW_WEIGHTS:
+            weight *= tl.load(row_weights_ptr + row)
+        return loss, weight
+
+    @triton.jit
     def _cross_entropy_kernel(
         logits_ptr,  # [C, V] with row stride `stride`, -inf from V on; becomes its own gradient, 0 from V on
         targets_ptr,  # [C] int64
@@ -110,11 +120,7 @@ if triton is not None:
         if SMOOTHING:
             mean_nll = log_total - (tl.sum(plain, 0) / V - row_top) * unit
             loss = (1.0 - smoothing) * nll + smoothing * mean_nll
-        if DFT:
-            loss = tl.exp(-nll) * nll
-            row_weight *= tl.exp(-nll)
-        if HAS_ROW_WEIGHTS:
-            row_weight *= tl.load(row_weights_ptr + row)
+        loss, row_weight = weigh_row(nll, loss, row_weight, row_weights_ptr, row, HAS_ROW_WEIGHTS, DFT)
         tl.store(nll_ptr + row, nll)
         tl.store(loss_ptr + row, loss)
         if STATS:

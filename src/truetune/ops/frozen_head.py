@@ -36,18 +36,21 @@ _SLAB_BYTES = 2**29  # of exponentials: large enough that a slab's three launche
 # Triton kernels
 
 if triton is not None:
+    from truetune.ops.cross_entropy import weigh_row
+
     _LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: the difference of two of them is 0, not NaN
     _MOST_BITS = tl.constexpr(80.0)  # of exp(z - z_label); 2^18 of them, times weights, are within fp32
     _LN_2 = tl.constexpr(math.log(2))
-    _TIE = tl.constexpr(1e-5)  # the label's logit is summed in another order than those of the tiles
+    _TIE = tl.constexpr(1e-5)  # the label's logit comes of another product than its tile's, if with the same sums
 
-    @triton.jit
+    # No kernel of its own for every number of rows whose multiples 16 divides, or does not.
+    @triton.jit(do_not_specialize=["C", "V"])
     def _label_logits_kernel(
         hidden_ptr, weight_ptr, labels_ptr, z_label_ptr, C, V, H, unit_log2, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
     ):
         """On the tensor cores, whose sums are those of the tiles; of each product only the diagonal is wanted."""
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        label = tl.load(labels_ptr + row, mask=row < C, other=0)
+        label = tl.load(labels_ptr + row, mask=row < C, other=0).to(tl.int64)
         is_label = (label >= 0) & (label < V)
         hidden_ptr += row.to(tl.int64)[:, None] * H
         weight_ptr += tl.where(is_label, label, 0)[:, None] * H
@@ -65,7 +68,7 @@ if triton is not None:
     def _reference(top, z_label):
         return tl.where(top - z_label > _MOST_BITS, top, z_label)
 
-    @triton.jit(do_not_specialize=["C", "programs"])
+    @triton.jit(do_not_specialize=["C", "S", "blocks", "size", "programs"])
     def _exponentials_kernel(
         hidden_desc, weight_desc, exp_desc,
         z_label_ptr,  # [C], as all logits here in units of a factor of 2
@@ -128,6 +131,7 @@ if triton is not None:
         reference = tl.maximum(old_reference, tl.max(references, 0))
         moved, shift = old_reference - reference, references - reference
         decay = tl.exp2(shift)
+        tl.debug_barrier()  # every thread has read the row's state
         tl.store(state_ptr, reference)
         tl.store(state_ptr + C, old_total * tl.exp2(moved) + tl.sum(totals * decay, 0))
         if STATS:
@@ -145,7 +149,7 @@ if triton is not None:
                 top_before = tl.maximum(top_before, tl.max(tl.where(block == own, tops, _LOWEST), 0))
             tl.store(state_ptr + 4 * C, top_before)
 
-        if tl.min(shift, 0) < 0.0:  # tiles of more than one reference
+        if tl.min(tl.where(there, shift, 0.0), 0) < 0.0:  # tiles of more than one reference
             for i in range(blocks):
                 ratio = tl.exp2(_reference(tl.load(sums_ptr + i), z_label) - reference)
                 place = i * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -168,29 +172,29 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         state_ptr += row
-        label, z_label = tl.load(labels_ptr + row), tl.load(z_label_ptr + row)
+        label, z_label = tl.load(labels_ptr + row).to(tl.int64), tl.load(z_label_ptr + row)
         reference, total = tl.load(state_ptr), tl.load(state_ptr + C)
+        # The label's share may be a rounding away from what the tile added: no loss is to come out below 0.
+        e_label = tl.exp2(z_label - reference)
+        others = total - e_label
+        others = tl.where(others < 0.0, 0.0, others)  # `tl.maximum` would hide a NaN
+        total = others + e_label
         log_total = tl.log(total)
         nll = log_total + (reference - z_label) * _LN_2
-        loss, factor = nll, 1.0 / total
-        if DFT:
-            loss = tl.exp(-nll) * nll
-            factor *= tl.exp(-nll)
-        if HAS_ROW_WEIGHTS:
-            factor *= tl.load(row_weights_ptr + row)
+        loss, row_weight = weigh_row(nll, nll, 1.0, row_weights_ptr, row, HAS_ROW_WEIGHTS, DFT)
+        share = 1.0 / total  # not times the weight, which of DFT is as small again
         tl.store(nll_ptr + row, nll)
         tl.store(loss_ptr + row, loss)
         if STATS:
             tl.store(entropy_ptr + row, log_total - tl.load(state_ptr + 2 * C) * _LN_2 / total)
             top, top_before = tl.load(state_ptr + 3 * C), tl.load(state_ptr + 4 * C)
             tl.store(top1_ptr + row, (z_label >= top - _TIE * tl.abs(top)) & (top_before < top))
-        others = tl.maximum(total - tl.exp2(z_label - reference), 0.0)
         weight_ptr += tl.where((label >= 0) & (label < V), label, 0) * H
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
             d_hidden = tl.load(d_hidden_ptr + row * H + h, mask=h < H, other=0.0)
             d_hidden -= others * tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            tl.store(out_ptr + row * H + h, (factor * d_hidden).to(out_ptr.dtype.element_ty), mask=h < H)
+            tl.store(out_ptr + row * H + h, (d_hidden * share * row_weight).to(out_ptr.dtype.element_ty), mask=h < H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
