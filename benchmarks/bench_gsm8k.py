@@ -23,11 +23,10 @@ MODES = ("lora", "qlora", "full", "autocast")
 STEPS, WARM_UP = 12, 4
 
 
-def build_model(directory: Path, data: Path) -> None:
-    """A model of Qwen3-0.6B's shape with random bf16 weights, and a byte-level BPE tokenizer trained on `data`."""
-    import torch
+def build_tokenizer(directory: Path, data: Path) -> None:
+    """A byte-level BPE tokenizer trained on `data`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+    from transformers import PreTrainedTokenizerFast
 
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer(models.BPE())
@@ -44,6 +43,14 @@ def build_model(directory: Path, data: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2]).save_pretrained(
         directory
     )
+
+
+def build_model(directory: Path, data: Path) -> None:
+    """A model of Qwen3-0.6B's shape with random bf16 weights, and a tokenizer for `data`."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    build_tokenizer(directory, data)
     config = Qwen3Config(
         hidden_size=1024,
         intermediate_size=3072,

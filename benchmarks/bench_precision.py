@@ -42,6 +42,7 @@ def train(
         tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=2, learning_rate=learning_rate, bf16=on_gpu,
         use_cpu=not on_gpu, packing=True, max_length=length, logging_steps=1, save_strategy="no", report_to=[],
         lr_scheduler_type="constant_with_warmup", warmup_steps=min(10, steps), disable_tqdm=True, seed=seed,
+        rehearse=False, preflight="off",  # which decide nothing here, and take as long as thirty steps
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows])
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bases", default="trained,random")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="bf16 first")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import torch
@@ -70,6 +72,7 @@ def main() -> None:
 
     from truetune import load_model
 
+    precisions = options.precisions.split(",")
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
     bases = {"random": Path(tempfile.mkdtemp()), "trained": Path(tempfile.mkdtemp())}
     build_model(bases["random"], options.data)
@@ -87,7 +90,7 @@ def main() -> None:
     results, bf16 = [], []
     for base in options.bases.split(","):
         for seed in (int(seed) for seed in options.seeds.split(",")):
-            for precision in PRECISIONS:
+            for precision in precisions:
                 torch.manual_seed(seed)
                 model = load_model(bases[base], precision.split()[0])
                 losses, _ = train(model, tokenizer, rows, options.steps, lora=True, learning_rate=2e-4,
@@ -108,7 +111,7 @@ def main() -> None:
                         "results": results,
                     }  # fmt: skip
                     options.out.write_text(json.dumps(record, indent=1) + "\n")
-        for precision in PRECISIONS[1:]:
+        for precision in precisions[1:]:
             offs = [r["off"] for r in results if r["base"] == base and r["precision"] == precision]
             print(f"{base:8} {precision:10} mean of {len(offs)} seeds {statistics.mean(offs):+.2%}", flush=True)
 

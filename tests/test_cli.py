@@ -150,14 +150,17 @@ def test_a_run_says_whether_it_fits_before_any_weight_is_there(qwen_8b):
 
     from rich.console import Console
 
+    from truetune.models.load import check_model
     from truetune.recipe import load_recipe
     from truetune.run import training_arguments
+    from truetune.run_model import model_path, without_weights
     from truetune.run_plan import print_whether_it_fits
 
     def said(memory: float, **changes: str) -> str:
         recipe = load_recipe(None, ["max_length=8192"], {"model": "qwen", "data": "none.jsonl", **changes})
         console = Console(file=io.StringIO())
-        print_whether_it_fits(recipe, training_arguments(recipe), console, memory)
+        model = without_weights(check_model(model_path(recipe)), recipe)
+        print_whether_it_fits(recipe, training_arguments(recipe), model, console, memory)
         return console.file.getvalue()
 
     assert re.fullmatch(r"Memory: keep all 36 layers; predicted peak \d+\.\d GiB of 80\n", said(80))

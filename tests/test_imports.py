@@ -16,8 +16,8 @@ LEVELS = (
     {"recipe"},
     {"train", "export", "demo"},
     {"proof"},  # knows a trainer by what it can do, because a trainer runs it
-    {"models"},
-    {"ops", "data", "cache"},
+    {"models", "readahead"},
+    {"ops", "data", "cache", "host", "importing"},
 )
 ALONE = {"ops", "data"}  # may be used on their own: they import nothing else of ours
 

@@ -6,6 +6,8 @@ The public names are imported when they are first used, so that `truetune --help
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from truetune.importing import uncollected
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        with uncollected():
+            return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'truetune' has no attribute {name!r}")
 
 

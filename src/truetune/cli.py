@@ -1,5 +1,6 @@
 """The commands. No logic: each reads its options, and imports what it needs when it runs, so that --help is quick."""
 
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from truetune import __version__
+from truetune.importing import uncollected
+from truetune.readahead import read_ahead
 
 app = typer.Typer(
     name="truetune",
@@ -69,8 +72,10 @@ def train(
     num_processes: Annotated[int | None, typer.Option(help="Processes, one a GPU.", show_default="one a GPU")] = None,
 ) -> None:
     """Fine-tune a model by a recipe, options, or both."""
-    recipe = _recipe(changes, model=model, data=data, method=method, output_dir=output)
-    from truetune import run
+    recipe = _recipe(changes, weights=not dry_run, model=model, data=data, method=method, output_dir=output)
+    with uncollected():
+        from truetune import run
+    gc.freeze()  # nor is what they made looked through while it trains (`main` thaws it)
 
     result = run.train(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, num_processes=num_processes)
     raise typer.Exit(result.exit_code)
@@ -132,7 +137,7 @@ def check(
 
     Exits with 1 where one fails.
     """
-    recipe = _recipe(changes, model=model, data=data, method=method)
+    recipe = _recipe(changes, weights=True, model=model, data=data, method=method)
     from rich.console import Console
 
     from truetune import run
@@ -218,8 +223,9 @@ def run_script(
     patch.run_script(script)
 
 
-def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
-    """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE."""
+def _recipe(changes: list[str] | None, weights: bool = False, **flags: str | None) -> Any:
+    """A positional argument is the recipe where it is a file or has no "="; all others are KEY=VALUE. `weights`: they
+    will be loaded."""
     from truetune.recipe import load_recipe
 
     _quiet_libraries()
@@ -227,7 +233,8 @@ def _recipe(changes: list[str] | None, **flags: str | None) -> Any:
     path = None
     if overrides and ("=" not in overrides[0] or os.path.isfile(overrides[0])):
         path = overrides.pop(0)
-    return load_recipe(path, overrides, flags)
+    with uncollected():
+        return load_recipe(path, overrides, flags, read_ahead if weights else None)
 
 
 def _quiet_libraries() -> None:
@@ -262,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         _say(str(error))
         code = 2
+    finally:
+        gc.unfreeze()  # libraries complain at the end of what is left
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,7 +6,7 @@ Unknown keys, wrong types and values that contradict each other are errors here,
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,17 @@ _RANGES = {  # the lowest value, whether it is itself allowed, and the highest
 
 
 def load_recipe(
-    path: str | None = None, overrides: Sequence[str] = (), flags: Mapping[str, str | None] | None = None
+    path: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, str | None] | None = None,
+    when_named: Callable[[str, str], Any] | None = None,
 ) -> Recipe:
     """The recipe in a YAML file, changed by `overrides` ("lora.r=32") and `flags` ({"model": "..."}; None: not given).
 
-    A whole key replaces the file's (`data=other.jsonl`), a dotted one changes a part of it (`data.0.weight=2`). Raises
-    `RecipeError` for what no recipe can be: an unknown key, a wrong type, a key set twice, a contradiction.
+    A whole key replaces the file's (`data=other.jsonl`), a dotted one changes a part of it (`data.0.weight=2`).
+    `when_named` is called with `model` and `revision`, unchecked, before the libraries are imported that say which
+    types the other values have. Raises `RecipeError` for what no recipe can be: an unknown key, a wrong type, a key set
+    twice, a contradiction.
     """
     tree, places = read_yaml(path) if path is not None else ({}, {})
     for key in tree:
@@ -74,6 +79,8 @@ def load_recipe(
         _set(tree, key, value)
         for place in [p for p in places if p == key or p.startswith(f"{key}.")]:
             del places[place]
+    if when_named is not None and isinstance(model := tree.get("model"), str):
+        when_named(model, str(tree.get("revision", "main")))
     values = typed(tree, places)
     explicit = frozenset(_leaves("", tree))
     recipe = _with_defaults(values, explicit)

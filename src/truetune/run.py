@@ -33,6 +33,7 @@ from truetune.run_model import (
     load_tokenizer,
     model_path,
     model_precision,
+    without_weights,
 )
 from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
 from truetune.run_plan import print_whether_it_fits
@@ -92,10 +93,11 @@ def train(
         console = Console(quiet=True)
     console = console or Console()
     config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
-    check_architecture(config, recipe, args)
     check_adapter(recipe)
+    model = without_weights(config, recipe)
+    check_architecture(model, recipe, args)
     if torch.cuda.is_available():
-        print_whether_it_fits(recipe, args, console)
+        print_whether_it_fits(recipe, args, model, console)
     tokenizer, new_ids = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing data"):  # the others find it in the cache
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
@@ -135,8 +137,8 @@ def check(recipe: Recipe, console: Console) -> Proof:
         recipe = replace(recipe, output_dir=directory, preflight=level)
         args = training_arguments(recipe)
         config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
-        check_architecture(config, recipe, args)
         check_adapter(recipe)
+        check_architecture(without_weights(config, recipe), recipe, args)
         tokenizer, new_ids = load_tokenizer(recipe)
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
         trainer = make_trainer(recipe, args, tokenizer, new_ids, data, eval_data)

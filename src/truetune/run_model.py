@@ -20,6 +20,7 @@ from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, Pre
 from truetune import demo
 from truetune.data.templates import BUILTIN_TEMPLATES, template_text
 from truetune.models import load
+from truetune.models.adapters import base_model
 from truetune.models.attention import why_not_packable
 from truetune.recipe import Recipe
 from truetune.train.config import SFTConfig
@@ -74,22 +75,35 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[int]]:
     return tokenizer, new_ids
 
 
-def check_architecture(config: PreTrainedConfig, recipe: Recipe, args: SFTConfig) -> None:
-    """Builds the model without its weights, and refuses what the kind of its layers decides. Raises `TrainError`.
+def without_weights(config: PreTrainedConfig, recipe: Recipe) -> Any:
+    """The recipe's model on the meta device, in the dtype that it would have, with its adapter.
 
-    That is a batch whose documents would see each other, and a `lora` that fits no layer.
+    Raises `TrainError` for a `lora` or an adapter that does not fit its layers.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    reason = why_not_packable(model)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=recipe.training.get("trust_remote_code", False)
+        )
+    model.to(load.DTYPES.get(model_precision(recipe), torch.bfloat16))
+    if recipe.adapter is not None:
+        try:
+            return get_peft_model(model, PeftConfig.from_pretrained(recipe.adapter))
+        except (RuntimeError, ValueError) as error:
+            raise _does_not_fit(recipe.adapter, error) from error
+    if recipe.lora:
+        return add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
+    return model
+
+
+def check_architecture(model: Any, recipe: Recipe, args: SFTConfig) -> None:
+    """Refuses a batch whose documents would see each other. `model` needs no weights. Raises `TrainError`."""
+    reason = why_not_packable(base_model(model))
     alone = not recipe.packing and args.per_device_train_batch_size == args.per_device_eval_batch_size == 1
     if reason and not alone and "unpackable_model" not in recipe.allow:
         raise TrainError(
             f"documents of a batch would see each other, because {reason.rstrip('.')}: set packing: false and "
             "training.per_device_train_batch_size: 1, or accept it with allow: [unpackable_model]."
         )
-    if recipe.lora:
-        add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
 
 
 def fit_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
@@ -152,8 +166,12 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     try:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
     except (RuntimeError, ValueError) as error:
-        raise TrainError(f"the adapter {path} does not fit the recipe's model: {_one_line(error)}") from error
+        raise _does_not_fit(path, error) from error
     return _trained_in_fp32(adapted)
+
+
+def _does_not_fit(path: str, error: Exception) -> TrainError:
+    return TrainError(f"the adapter {path} does not fit the recipe's model: {_one_line(error)}")
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe, new_ids: Sequence[int]) -> PeftModel:

@@ -1,16 +1,15 @@
 """`truetune plan`: what a recipe's step needs and how fast it may be, from config.json alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from truetune.host import host_bytes
 from truetune.models.errors import ModelError
-from truetune.models.load import DTYPES, check_model
+from truetune.models.load import check_model
 from truetune.models.memory import StepMemory, why_not_planned
 from truetune.models.plan import (
     GIB,
@@ -27,13 +26,12 @@ from truetune.models.rates import (
     UNKNOWN_GPU,
     estimated_rates,
     head_seconds,
-    host_bytes,
     known_flops,
     known_host_rate,
     measured_flops,
 )
 from truetune.recipe import Recipe
-from truetune.run_model import add_lora, check_adapter, hub_arguments, model_path, model_precision
+from truetune.run_model import check_adapter, hub_arguments, model_path, model_precision, without_weights
 from truetune.train.activations import check_policy, step_memory
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -73,9 +71,10 @@ class RecipePlan:
         }
 
 
-def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None) -> RecipePlan:
+def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None, model: Any = None) -> RecipePlan:
     """Plans `recipe` for a GPU of `memory_gib` (None: the one here). Reads neither weights nor data.
 
+    `model`: the recipe's `without_weights`, where it was made before.
     Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
     """
     if args.gradient_checkpointing_kwargs or args.activation_offloading or not args.fuse:
@@ -84,12 +83,13 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
             "gradient_checkpointing_kwargs, activation_offloading and fuse: false."
         )
     check_policy(args.activation_policy)
-    check_adapter(recipe)
     precision = model_precision(recipe)
-    config = check_model(
-        model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
-    )
-    model = _without_weights(config, recipe, precision)
+    if model is None:
+        check_adapter(recipe)
+        config = check_model(
+            model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
+        )
+        model = without_weights(config, recipe)
     if reason := why_not_planned(model):
         raise ModelError(f"{recipe.model} cannot be planned, because {reason}: train it, and see what the report says.")
     room, device, flops = _device(memory_gib)
@@ -131,10 +131,15 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
     )
 
 
-def print_whether_it_fits(recipe: Recipe, args: SFTConfig, console: Console, memory_gib: float | None = None) -> None:
-    """One line before weights are downloaded. The rehearsal decides; what cannot be planned is only tried."""
+def print_whether_it_fits(
+    recipe: Recipe, args: SFTConfig, model: Any, console: Console, memory_gib: float | None = None
+) -> None:
+    """One line before weights are downloaded; `model` is the recipe's `without_weights`.
+
+    The rehearsal decides; what cannot be planned is only tried.
+    """
     try:
-        found = plan_recipe(recipe, args, memory_gib)
+        found = plan_recipe(recipe, args, memory_gib, model)
     except (ModelError, TrainError):
         return
     if found.fits:
@@ -143,20 +148,6 @@ def print_whether_it_fits(recipe: Recipe, args: SFTConfig, console: Console, mem
         console.print(
             f"[yellow]Warning: this may run out of device memory ({found.plan.in_words}): {found.mend}.", soft_wrap=True
         )
-
-
-def _without_weights(config: PreTrainedConfig, recipe: Recipe, precision: str) -> Any:
-    """The recipe's model on the meta device, in the dtype that it would have, with its adapter."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=recipe.training.get("trust_remote_code", False)
-        )
-    model.to(DTYPES.get(precision, torch.bfloat16))
-    if recipe.adapter is not None:
-        return get_peft_model(model, PeftConfig.from_pretrained(recipe.adapter))
-    if recipe.lora:
-        return add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
-    return model
 
 
 def _device(memory_gib: float | None) -> tuple[Room, str, float]:

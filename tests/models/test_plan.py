@@ -35,7 +35,6 @@ from truetune.models.plan import (
     load_plan,
     set_activations,
 )
-from truetune.models.rates import _left_of_container
 
 GIB = 2**30
 FAMILIES = [name for name in MODELS if name != "qwen3_moe"]
@@ -280,21 +279,6 @@ def test_the_advice_does_not_fill_the_host(llama_8b, policy):
         text = advice(policy, memory, room, few, 1, memory.tokens)
         smaller = replace(memory, tokens=int(text.rsplit(" ", 1)[1]))
         assert room.fits(smaller, choose(policy, smaller, room, few))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_container_is_not_filled(tmp_path, version):
-    names = ("memory.max", "memory.current", "file") if version == 2 else (
-        "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "cache")  # fmt: skip
-    limit, used, cache = names
-    assert _left_of_container(tmp_path) == float("inf")
-    (tmp_path / "memory").mkdir()
-    (tmp_path / limit).write_text(f"{8 * GIB}\n")
-    (tmp_path / used).write_text(f"{3 * GIB}\n")
-    (tmp_path / limit).with_name("memory.stat").write_text(f"anon {GIB}\n{cache} {GIB}\n")
-    assert _left_of_container(tmp_path) == 6 * GIB
-    (tmp_path / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
-    assert _left_of_container(tmp_path) > 2**62
 
 
 # -- what the host's layers have on the device ------------------------------------------------------------------------

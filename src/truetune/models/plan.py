@@ -195,6 +195,8 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
         if leanest is None or needed < leanest[0]:
             leanest = needed, choices
         if needed <= room.available:
+            if set(choices) == {"keep"}:
+                return choices  # nothing is faster than what neither computes again nor copies
             seconds = layer_seconds(memory, choices, rates)
             if best is None or seconds < best[0] * (1 - 1e-9):
                 best = seconds, choices

@@ -3,9 +3,6 @@
 T: tokens, H: hidden size, I: intermediate size.
 """
 
-import os
-from pathlib import Path
-
 import torch
 
 from truetune.models.memory import ModelShape
@@ -82,28 +79,3 @@ def estimated_rates(
 def head_seconds(model: ModelShape, tokens: int, flops: float) -> float:
     """Of the LM head and its loss, forward and backward: two GEMMs, three where it is trained."""
     return 2 * tokens * model.head * model.hidden * (3 if model.head_gradient else 2) / (flops * EFFICIENCY)
-
-
-def host_bytes() -> int:
-    """This machine's available memory, or what its container is allowed, shared by the processes of
-    `LOCAL_WORLD_SIZE`."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # no Linux
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(available, _left_of_container())) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | float:
-    """Of a control group's limit, where /proc/meminfo still shows the machine; files in its cache are given back."""
-    for limit, used, cache in (("memory.max", "memory.current", "file"),
-                               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "cache")):  # fmt: skip
-        try:
-            statistics = (root / limit).with_name("memory.stat").read_text(encoding="ascii").split()
-            files = int(statistics[statistics.index(cache) + 1])
-            most = (root / limit).read_text(encoding="ascii").strip()
-            return float("inf") if most == "max" else max(0, int(most) - int((root / used).read_text()) + files)
-        except (OSError, ValueError):  # no control group of this version
-            continue
-    return float("inf")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from truetune.host import host_bytes
 from truetune.models.adapters import base_model, embedding_rows
 from truetune.models.errors import ModelError
 from truetune.models.head import loss_in_slabs
@@ -26,7 +27,7 @@ from truetune.models.plan import (
     load_plan,
     set_activations,
 )
-from truetune.models.rates import UNKNOWN_GPU, estimated_rates, host_bytes, known_flops, known_host_rate
+from truetune.models.rates import UNKNOWN_GPU, estimated_rates, known_flops, known_host_rate
 from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.train.batches import full_batch
 from truetune.train.errors import TrainError
