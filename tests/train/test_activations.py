@@ -428,6 +428,17 @@ def test_of_plans_without_their_margin_the_one_that_needs_least_is_taken(on_devi
     assert activations.plan.measured_peak is not None
 
 
+def test_the_leanest_plan_is_tried_before_a_run_is_refused(on_device, monkeypatch):
+    """All that the predictions lead to runs out of memory; a model of more layers has more such plans."""
+    leanest: list[tuple[str, ...]] = []
+    trainer, device = on_device(lambda peak: round(1.1 * peak["keep"]), lambda plan: 1.0 if plan in leanest else 9.0)
+    leanest.append(trainer.activations._leanest)
+    monkeypatch.setattr(activations_module, "MOST_REHEARSALS", 3)
+    trainer.rehearse()
+    assert len(set(device.rehearsed)) == 3
+    assert [trainer.activations.plan.choices] == device.rehearsed[-1:] == leanest
+
+
 def test_what_never_fits_is_one_sentence_with_numbers(on_device):
     trainer, device = on_device(lambda peak: round(0.75 * min(peak.values())), 1.0)
     with pytest.raises(TrainError, match="GiB are there: lower per_device_train_batch_size from 2 to 1"):

@@ -144,7 +144,7 @@ class Activations:
         self.memory = replace(self.memory, tokens=tokens)
         self._corrections, self._peaks, self._failed, self._doubt = {}, {}, set(), 1.0
         fitting: list[tuple[str, ...]] = []
-        for _ in range(MOST_REHEARSALS):
+        for left in reversed(range(MOST_REHEARSALS)):
             choices = self.plan.choices
             found = self._agreed(rehearse(self.trainer, batch))
             if self.room is None:
@@ -161,7 +161,7 @@ class Activations:
             following = choose(self.policy, self._untried, self.room, self.rates) if self._may_change else choices
             if fits and (following in self._failed or not self._worth_it(following, choices)):
                 break
-            if following == choices or following in self._failed:
+            if following == choices or following in self._failed or (left == 1 and not fitting):
                 following = self._leanest if self._may_change else choices
             if following == choices or following in self._failed:
                 break
