@@ -10,7 +10,7 @@ from rich.table import Table
 from truetune.host import host_bytes
 from truetune.models.errors import ModelError
 from truetune.models.load import check_model
-from truetune.models.memory import StepMemory, why_not_planned
+from truetune.models.memory import StepMemory
 from truetune.models.plan import (
     GIB,
     MARGIN,
@@ -30,6 +30,7 @@ from truetune.models.rates import (
     known_host_rate,
     measured_flops,
 )
+from truetune.models.shapes import why_not_planned
 from truetune.recipe import Recipe
 from truetune.run_model import check_adapter, hub_arguments, model_path, model_precision, without_weights
 from truetune.train.activations import check_policy, step_memory

@@ -18,10 +18,7 @@ from truetune.models.memory import (
     ON_HOST,
     StepMemory,
     optimizer_bytes,
-    quantized_bytes,
-    read_model,
     saved_tensors,
-    why_not_planned,
 )
 from truetune.models.offload import HostMemory, _Saved, on_device
 from truetune.models.plan import (
@@ -35,6 +32,7 @@ from truetune.models.plan import (
     load_plan,
     set_activations,
 )
+from truetune.models.shapes import quantized_bytes, read_model, why_not_planned
 
 GIB = 2**30
 FAMILIES = [name for name in MODELS if name != "qwen3_moe"]

@@ -5,8 +5,8 @@ T: tokens, H: hidden size, I: intermediate size.
 
 import torch
 
-from truetune.models.memory import ModelShape
 from truetune.models.plan import Rates
+from truetune.models.shapes import ModelShape
 
 # bf16 TFLOP/s that GEMMs of a training step's shapes reach, by a part of the GPU's name, the longest match first. H100
 # and H200: measured, 650 to 710 on an 8B model's shapes; the others: the same share of the data sheet's dense rate.

@@ -13,7 +13,7 @@ from truetune.host import host_bytes
 from truetune.models.adapters import base_model, embedding_rows
 from truetune.models.errors import ModelError
 from truetune.models.head import loss_in_slabs
-from truetune.models.memory import FP32, StepMemory, optimizer_bytes, optimizer_step_bytes, read_model
+from truetune.models.memory import StepMemory, optimizer_bytes, optimizer_step_bytes
 from truetune.models.plan import (
     GIB,
     POLICIES,
@@ -28,6 +28,7 @@ from truetune.models.plan import (
     set_activations,
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, known_flops, known_host_rate
+from truetune.models.shapes import FP32, read_model
 from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.train.batches import full_batch
 from truetune.train.errors import TrainError
