@@ -132,7 +132,7 @@ def main() -> None:
     plan = [(0, "memory")] + [(n + 1, state) for n in range(options.rounds) for state in ("memory", "disk")]
     runs: list[dict] = []
     for number, state in plan:
-        for system in options.systems.split(","):
+        for system in options.systems.split(",")[:: -1 if number % 2 else 1]:  # by turns
             run = {"system": system, "round": number, "weights_in": state}
             if state == "disk":
                 forget(weights(options.inputs))

@@ -153,19 +153,27 @@ def test_a_run_says_whether_it_fits_before_any_weight_is_there(qwen_8b):
     from truetune.models.load import check_model
     from truetune.recipe import load_recipe
     from truetune.run import training_arguments
-    from truetune.run_model import model_path, without_weights
+    from truetune.run_model import model_path, with_adapter, without_weights
     from truetune.run_plan import print_whether_it_fits
 
     def said(memory: float, **changes: str) -> str:
         recipe = load_recipe(None, ["max_length=8192"], {"model": "qwen", "data": "none.jsonl", **changes})
         console = Console(file=io.StringIO())
-        model = without_weights(check_model(model_path(recipe)), recipe)
+        model = with_adapter(without_weights(check_model(model_path(recipe)), recipe), recipe)
         print_whether_it_fits(recipe, training_arguments(recipe), model, console, memory)
         return console.file.getvalue()
 
     assert re.fullmatch(r"Memory: keep all 36 layers; predicted peak \d+\.\d GiB of 80\n", said(80))
     assert re.match(r"Warning: this may run out of device memory \(.* of 16\): .*qlora", said(16))
     assert said(16, method="qlora").startswith("Memory: ")
+
+
+def test_an_adapter_to_go_on_with_is_planned_as_it_was_when_it_was_new(place, capfd):
+    adapter_with()(place)
+    words = ("plan", "--model", "llama", "--data", "chats.jsonl", "--memory", "8", "--json")
+    new, old = (json.loads(run(capfd, *words, word)[1])["terms"] for word in ("lora.r=4", "adapter=adapter"))
+    assert new["optimizer state"] > 0
+    assert new == old
 
 
 def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
@@ -311,6 +319,21 @@ def pickled_weights(place):
     (place / "llama" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+def adapter_with(**changes):
+    """An adapter on `llama`, made with r=4, its configuration changed."""
+
+    def before(place: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(place / "llama")
+        get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(place / "adapter")
+        file = place / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return before
+
+
 def pickled_adapter(place):
     (place / "adapter").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(place / "llama"), "r": 2}
@@ -413,6 +436,8 @@ BAD_MODEL = [
     ("no chat template", changed_model(chat_template=None), TRAIN, "chat_template"),
     ("no adapter", nothing, [*TRAIN, "adapter=./none"], "none"),
     ("a pickled adapter", pickled_adapter, [*TRAIN, "adapter=adapter"], "pickled weights, which can run code"),
+    ("an adapter for other layers", adapter_with(target_modules=["c_attn"]), [*TRAIN, "adapter=adapter"], "c_attn"),
+    ("a damaged adapter", adapter_with(r="x"), [*TRAIN, "adapter=adapter"], "does not fit the recipe's model"),
     ("code of its own", own_code, TRAIN, "training.trust_remote_code: true"),
     ("a tokenizer with code of its own", own_tokenizer_code, TRAIN, "training.trust_remote_code: true"),
 ]
@@ -469,6 +494,26 @@ def assert_one_sentence(err: str) -> None:
     assert err.endswith((".\n", "?\n")), err
     assert not re.search(r"[.!?]['\"`)]? +[A-Z]", err), err
     assert "Traceback" not in err
+
+
+def test_weights_are_read_ahead_where_they_will_be_loaded(place, capfd, monkeypatch):
+    asked = []
+    monkeypatch.setattr("truetune.cli.read_ahead", lambda *words: asked.append(words))
+    run(capfd, *TRAIN, "--dry-run", "revision=v1")
+    assert asked == []
+    run(capfd, *TRAIN, "adapter=./none", "revision=v1")
+    run(capfd, "check", *TRAIN[1:5])
+    assert asked == [("llama", "v1"), ("llama", "main")]
+
+
+def test_what_imports_made_is_no_garbage_while_a_command_works(place, capfd, monkeypatch):
+    import gc
+
+    frozen = []
+    monkeypatch.setattr("truetune.run.train", lambda *_, **__: frozen.append(gc.get_freeze_count()) or sys.exit(0))
+    run(capfd, *TRAIN)
+    assert frozen[0] > 100_000
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_an_output_with_something_in_it_is_left_as_it_is(place, capfd):

@@ -12,6 +12,7 @@ from truetune import readahead
 from truetune.readahead import read_ahead, weight_files
 
 REPOSITORY = "some/model"
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def test_a_checkpoint_of_one_file(tmp_path):
     assert bytes_read(str(tmp_path)) >= (tmp_path / "model.safetensors").stat().st_size
 
 
+def test_a_whole_file_goes_before_an_index(checkpoint, tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    for path in checkpoint.glob("model*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
 def test_a_name_in_the_hubs_cache(checkpoint, tmp_path, monkeypatch):
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
@@ -63,7 +71,11 @@ def test_a_name_in_the_hubs_cache(checkpoint, tmp_path, monkeypatch):
 
 
 def test_what_would_not_stay_in_memory_is_not_read(checkpoint, monkeypatch):
-    monkeypatch.setattr(readahead, "host_bytes", lambda: 1000)
+    size = sum(path.stat().st_size for path in weight_files(checkpoint))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # they share what one of them reads
+    monkeypatch.setattr(readahead, "available_bytes", lambda: 2 * size)
+    assert bytes_read(str(checkpoint)) >= size
+    monkeypatch.setattr(readahead, "available_bytes", lambda: 2 * size - 2)
     assert bytes_read(str(checkpoint)) < 50_000
 
 
@@ -76,7 +88,7 @@ def test_one_process_of_a_machine_reads(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     "index",
-    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "none.safetensors"}}'],
+    ["", "[]", "[" * 20_000, "{}", *(f'{{"weight_map": {names}}}' for names in ("[]", '{"a": 1}', '{"a": "none"}'))],
 )
 def test_a_damaged_index_is_left_to_the_loader(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -102,8 +114,8 @@ def test_reading_begins_before_the_imports():
     program = (
         "import sys; from truetune.recipe import load_recipe\n"
         "def named(model, revision): print(model, revision, 'torch' in sys.modules)\n"
-        "load_recipe(None, ['revision=v1', 'training.max_steps=1'], {'model': 'm', 'data': 'd.jsonl'}, named)\n"
+        "load_recipe(None, ['revision=v1', 'training.max_steps=1'], {'model': '~/m', 'data': 'd.jsonl'}, named)\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["m v1 False", "True"]
+    assert done.stdout.splitlines() == [f"{Path.home()}/m v1 False", "True"]

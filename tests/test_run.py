@@ -451,6 +451,8 @@ def test_a_model_whose_documents_would_see_each_other_is_not_packed(tmp_path, se
     options = settings | {"model": str(tmp_path / "mamba"), "method": "full"}
     with pytest.raises(TrainError, match=r"would see each other.*packing: false"):
         run(tmp_path / "run", options, dry_run=True)
+    with pytest.raises(TrainError, match="would see each other"):  # before what LoRA has against it
+        run(tmp_path / "run", options | {"method": "lora", "lora.target_modules": "[nope]"}, dry_run=True)
     run(tmp_path / "run", options | {"packing": "false"}, dry_run=True)
 
 
@@ -466,6 +468,17 @@ def test_an_adapter_is_trained_on_from_where_it_was(tmp_path, settings, lora_run
     os.symlink(llama, tmp_path / "other")
     with pytest.raises(TrainError, match=r"was made on .*adapter_base"):
         run(tmp_path / "run2", options | {"model": str(tmp_path / "other")})
+
+
+def test_an_adapter_that_began_with_the_weights_own_values_is_trained_on(tmp_path, settings, llama):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    adapted.save_pretrained(tmp_path / "pissa")
+    options = settings | {"adapter": str(tmp_path / "pissa"), "training.max_steps": "1"}
+    assert run(tmp_path / "run", options).trainer is not None
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

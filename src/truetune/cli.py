@@ -73,11 +73,7 @@ def train(
 ) -> None:
     """Fine-tune a model by a recipe, options, or both."""
     recipe = _recipe(changes, weights=not dry_run, model=model, data=data, method=method, output_dir=output)
-    with uncollected():
-        from truetune import run
-    gc.freeze()  # nor is what they made looked through while it trains (`main` thaws it)
-
-    result = run.train(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, num_processes=num_processes)
+    result = _run().train(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, num_processes=num_processes)
     raise typer.Exit(result.exit_code)
 
 
@@ -140,9 +136,7 @@ def check(
     recipe = _recipe(changes, weights=True, model=model, data=data, method=method)
     from rich.console import Console
 
-    from truetune import run
-
-    proof = run.check(recipe, Console(stderr=True))
+    proof = _run().check(recipe, Console(stderr=True))
     if as_json:
         print(json.dumps(proof.to_dict(), indent=1, default=str))
     raise typer.Exit(1 if proof.failures else 0)
@@ -235,6 +229,15 @@ def _recipe(changes: list[str] | None, weights: bool = False, **flags: str | Non
         path = overrides.pop(0)
     with uncollected():
         return load_recipe(path, overrides, flags, read_ahead if weights else None)
+
+
+def _run() -> Any:
+    """`truetune.run`, with the libraries that it needs. What they made is not looked through for garbage: `main` thaws
+    it."""
+    with uncollected():
+        from truetune import run
+    gc.freeze()
+    return run
 
 
 def _quiet_libraries() -> None:

@@ -5,14 +5,18 @@ from pathlib import Path
 
 
 def host_bytes() -> int:
-    """This machine's available memory, or what its container is allowed, shared by the processes of
-    `LOCAL_WORLD_SIZE`."""
+    """One process's share of `available_bytes`, of the processes of `LOCAL_WORLD_SIZE`."""
+    return available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def available_bytes() -> int:
+    """This machine's available memory, or what its container is allowed."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(available, left_of_container())) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(min(available, left_of_container()))
 
 
 def left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | float:

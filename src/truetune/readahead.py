@@ -1,17 +1,19 @@
 """A checkpoint's weights into the page cache, while Python imports what will load them.
 
-Imports take ten seconds in which the disk has nothing to do, and 16 GB take a disk of 1.6 GB/s as long. The kernel,
-asked to read ahead (POSIX_FADV_WILLNEED), ends after a few hundred KiB: so the files are read, and what was read is
-dropped.
+Imports take ten seconds in which the disk has nothing to do, and 16 GB take a disk of 1.5 GB/s as long. The kernel does
+not read whole files ahead when it is asked to (POSIX_FADV_WILLNEED), so they are read, and what was read is dropped.
 """
 
 import json
+import logging
 import mmap
 import os
 from pathlib import Path
 from threading import Thread
 
-from truetune.host import host_bytes
+from truetune.host import available_bytes
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 64 << 20  # bytes a read: after each the thread waits for the GIL, which importing gives up every 5 ms
 SHARE = 0.5  # of the memory that is free, at most: what does not stay would be read twice
@@ -33,22 +35,25 @@ def read_ahead(model: str, revision: str = "main") -> Thread | None:
 def _read(model: str, revision: str) -> None:
     try:
         files = weight_files(_checkpoint(model, revision))
-        if sum(path.stat().st_size for path in files) <= SHARE * host_bytes():
+        if sum(path.stat().st_size for path in files) <= SHARE * available_bytes():
             buffer = memoryview(mmap.mmap(-1, BLOCK))
             for path in files:
                 with path.open("rb", buffering=0) as file:
                     while file.readinto(buffer):
                         pass
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no checkpoint, or a damaged index
-        pass
+    except Exception as error:
+        logger.debug("The weights of %s are not read ahead: %r", model, error)
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that Transformers will load, in its order; other weights may lie beside them."""
-    index = checkpoint / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    """The files that Transformers will load, in its order; other weights may lie beside them.
+
+    Not of a `subfolder` or a `variant`, which are read when they are loaded.
+    """
+    whole, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [checkpoint / name for name in sorted(names) if name == Path(name).name and (checkpoint / name).is_file()]
 
 

@@ -80,7 +80,7 @@ def load_recipe(
         for place in [p for p in places if p == key or p.startswith(f"{key}.")]:
             del places[place]
     if when_named is not None and isinstance(model := tree.get("model"), str):
-        when_named(model, str(tree.get("revision", "main")))
+        when_named(os.path.expanduser(model), str(tree.get("revision", "main")))
     values = typed(tree, places)
     explicit = frozenset(_leaves("", tree))
     recipe = _with_defaults(values, explicit)

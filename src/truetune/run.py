@@ -33,6 +33,7 @@ from truetune.run_model import (
     load_tokenizer,
     model_path,
     model_precision,
+    with_adapter,
     without_weights,
 )
 from truetune.run_output import begin_output, check_output, no_empty_directory, print_next, save_result
@@ -92,12 +93,7 @@ def train(
     if not args.should_save:  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
-    config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
-    check_adapter(recipe)
-    model = without_weights(config, recipe)
-    check_architecture(model, recipe, args)
-    if torch.cuda.is_available():
-        print_whether_it_fits(recipe, args, model, console)
+    check_configuration(recipe, args, console)
     tokenizer, new_ids = load_tokenizer(recipe)
     with args.main_process_first(desc="preparing data"):  # the others find it in the cache
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
@@ -136,15 +132,27 @@ def check(recipe: Recipe, console: Console) -> Proof:
     with tempfile.TemporaryDirectory() as directory:
         recipe = replace(recipe, output_dir=directory, preflight=level)
         args = training_arguments(recipe)
-        config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
-        check_adapter(recipe)
-        check_architecture(without_weights(config, recipe), recipe, args)
+        check_configuration(recipe, args)
         tokenizer, new_ids = load_tokenizer(recipe)
         data, eval_data = prepare_data(recipe, tokenizer, args.seed, console)
         trainer = make_trainer(recipe, args, tokenizer, new_ids, data, eval_data)
         if args.rehearse and args.device.type == "cuda":
             trainer.rehearse()
         return trainer.preflight()
+
+
+def check_configuration(recipe: Recipe, args: SFTConfig, console: Console | None = None) -> None:
+    """Refuses what the model's configuration and the adapter decide, and says on `console` whether a step fits a GPU.
+
+    Raises `ModelError` and `TrainError`.
+    """
+    config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
+    model = without_weights(config, recipe)
+    check_architecture(model, recipe, args)
+    check_adapter(recipe)
+    model = with_adapter(model, recipe)
+    if console is not None and torch.cuda.is_available():
+        print_whether_it_fits(recipe, args, model, console)
 
 
 def training_arguments(recipe: Recipe) -> SFTConfig:

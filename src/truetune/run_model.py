@@ -5,6 +5,7 @@ V: rows of the embedding, H: hidden size.
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,19 @@ from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, Pre
 from truetune import demo
 from truetune.data.templates import BUILTIN_TEMPLATES, template_text
 from truetune.models import load
-from truetune.models.adapters import base_model
 from truetune.models.attention import why_not_packable
 from truetune.recipe import Recipe
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
+
+_REFUSED = (
+    TypeError,
+    ValueError,
+    IndexError,
+    ImportError,
+    RuntimeError,
+    re.error,
+)  # by PEFT
 
 
 def model_path(recipe: Recipe) -> str:
@@ -76,34 +85,40 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[int]]:
 
 
 def without_weights(config: PreTrainedConfig, recipe: Recipe) -> Any:
-    """The recipe's model on the meta device, in the dtype that it would have, with its adapter.
-
-    Raises `TrainError` for a `lora` or an adapter that does not fit its layers.
-    """
+    """The recipe's model on the meta device, in the dtype that it would have, without an adapter."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=recipe.training.get("trust_remote_code", False)
         )
-    model.to(load.DTYPES.get(model_precision(recipe), torch.bfloat16))
-    if recipe.adapter is not None:
-        try:
-            return get_peft_model(model, PeftConfig.from_pretrained(recipe.adapter))
-        except (RuntimeError, ValueError) as error:
-            raise _does_not_fit(recipe.adapter, error) from error
-    if recipe.lora:
-        return add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
-    return model
+    return model.to(load.DTYPES.get(model_precision(recipe), torch.bfloat16))
 
 
-def check_architecture(model: Any, recipe: Recipe, args: SFTConfig) -> None:
+def check_architecture(model: PreTrainedModel, recipe: Recipe, args: SFTConfig) -> None:
     """Refuses a batch whose documents would see each other. `model` needs no weights. Raises `TrainError`."""
-    reason = why_not_packable(base_model(model))
+    reason = why_not_packable(model)
     alone = not recipe.packing and args.per_device_train_batch_size == args.per_device_eval_batch_size == 1
     if reason and not alone and "unpackable_model" not in recipe.allow:
         raise TrainError(
             f"documents of a batch would see each other, because {reason.rstrip('.')}: set packing: false and "
             "training.per_device_train_batch_size: 1, or accept it with allow: [unpackable_model]."
         )
+
+
+def with_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """A model `without_weights` with the recipe's adapter as it will be trained, without its values.
+
+    Raises `TrainError` where the adapter does not fit the model's layers.
+    """
+    if recipe.adapter is not None:
+        try:
+            config: Any = PeftConfig.from_pretrained(recipe.adapter)
+            config.init_lora_weights = config.inference_mode = False
+            return _trained_in_fp32(get_peft_model(model, config))
+        except _REFUSED as error:
+            raise _does_not_fit(recipe.adapter, error) from error
+    if recipe.lora:
+        return add_lora(model, replace(recipe, lora={**recipe.lora, "init_lora_weights": False}), [])
+    return model
 
 
 def fit_embeddings(model: Any, num_tokens: int, new_ids: Sequence[int]) -> None:
@@ -165,7 +180,9 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """`model` with the adapter in `path`, to go on training, in fp32. Raises `TrainError` where it does not fit."""
     try:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSED as error:
         raise _does_not_fit(path, error) from error
     return _trained_in_fp32(adapted)
 
@@ -185,7 +202,9 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, new_ids: Sequence[int]) -> 
             config.trainable_token_indices = _with_new_rows(model, config, new_ids)
         names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         adapted = get_peft_model(model, config, revision=None if recipe.revision == "main" else recipe.revision)
-    except (TypeError, ValueError, IndexError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSED as error:
         raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
     for field in ("target_modules", "modules_to_save", "target_parameters"):
         asked = recipe.lora.get(field)

@@ -32,7 +32,14 @@ from truetune.models.rates import (
 )
 from truetune.models.shapes import why_not_planned
 from truetune.recipe import Recipe
-from truetune.run_model import check_adapter, hub_arguments, model_path, model_precision, without_weights
+from truetune.run_model import (
+    check_adapter,
+    hub_arguments,
+    model_path,
+    model_precision,
+    with_adapter,
+    without_weights,
+)
 from truetune.train.activations import check_policy, step_memory
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -75,7 +82,7 @@ class RecipePlan:
 def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None, model: Any = None) -> RecipePlan:
     """Plans `recipe` for a GPU of `memory_gib` (None: the one here). Reads neither weights nor data.
 
-    `model`: the recipe's `without_weights`, where it was made before.
+    `model`: the recipe's, `without_weights` and `with_adapter`, where it was made before.
     Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
     """
     if args.gradient_checkpointing_kwargs or args.activation_offloading or not args.fuse:
@@ -90,7 +97,7 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
         config = check_model(
             model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
         )
-        model = without_weights(config, recipe)
+        model = with_adapter(without_weights(config, recipe), recipe)
     if reason := why_not_planned(model):
         raise ModelError(f"{recipe.model} cannot be planned, because {reason}: train it, and see what the report says.")
     room, device, flops = _device(memory_gib)
@@ -135,7 +142,7 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
 def print_whether_it_fits(
     recipe: Recipe, args: SFTConfig, model: Any, console: Console, memory_gib: float | None = None
 ) -> None:
-    """One line before weights are downloaded; `model` is the recipe's `without_weights`.
+    """One line before weights are downloaded; `model` as `plan_recipe` takes it.
 
     The rehearsal decides; what cannot be planned is only tried.
     """

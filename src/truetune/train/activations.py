@@ -162,7 +162,8 @@ class Activations:
             following = choose(self.policy, self._untried, self.room, self.rates) if self._may_change else choices
             if fits and (following in self._failed or not self._worth_it(following, choices)):
                 break
-            if following == choices or following in self._failed or (left == 1 and not fitting):
+            last_chance = left == 1 and not fitting  # of the rehearsals one is left
+            if following == choices or following in self._failed or last_chance:
                 following = self._leanest if self._may_change else choices
             if following == choices or following in self._failed:
                 break
