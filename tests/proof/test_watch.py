@@ -1,6 +1,7 @@
 """While it runs: a loss that is not finite stops with its batches, and what is strange is named."""
 
 import itertools
+import mmap
 import json
 import types
 
@@ -176,7 +177,8 @@ def test_memory_of_files_is_not_counted(tmp_path):
 
 
 class _Hoarding(torch.utils.data.Dataset):
-    """Keeps 4 MiB a row, in whichever process reads it."""
+    """Keeps 4 MiB a row, in whichever process reads it: pages of their own, because a heap from which other tests freed
+    as much would not grow."""
 
     def __init__(self):
         self.kept = []
@@ -185,7 +187,8 @@ class _Hoarding(torch.utils.data.Dataset):
         return 80
 
     def __getitem__(self, row):
-        self.kept.append(torch.ones(2**20))
+        pages = mmap.mmap(-1, 4 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.kept.append(torch.frombuffer(pages, dtype=torch.uint8).fill_(1))
         return row
 
 
