@@ -1,8 +1,8 @@
 """While it runs: a loss that is not finite stops with its batches, and what is strange is named."""
 
 import itertools
-import mmap
 import json
+import mmap
 import types
 
 import pytest
