@@ -31,7 +31,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-OLDEST = tests/models tests/train tests/compat tests/trajectories tests/ops tests/proof $(addprefix tests/test_,run.py cli.py recipe.py launch.py)
+OLDEST = tests/models tests/train tests/compat tests/trajectories tests/ops tests/proof $(addprefix tests/test_,run.py cli.py mistakes.py recipe.py launch.py)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"

@@ -16,6 +16,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
+from commands import CHAT, write_rows
 from real_text import CHATML, train_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -55,6 +56,34 @@ def tokenizer(_trained_tokenizer):
     import copy
 
     return copy.deepcopy(_trained_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, _trained_tokenizer) -> Path:
+    """A random Llama of 4 layers' hundred thousand weights, saved with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=_trained_tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    _trained_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, monkeypatch) -> Path:
+    """A directory, the current one, with a model `llama` and data `chats.jsonl` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").symlink_to(tiny_model)
+    write_rows(tmp_path / "chats.jsonl", [CHAT] * 4)
+    return tmp_path
 
 
 # -- data sets and trainers; TRL is imported by those who use them

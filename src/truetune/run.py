@@ -152,7 +152,7 @@ def check_configuration(recipe: Recipe, args: SFTConfig, console: Console | None
     check_adapter(recipe)
     model = with_adapter(model, recipe)
     if console is not None and torch.cuda.is_available():
-        print_whether_it_fits(recipe, args, model, console)
+        print_whether_it_fits(model, recipe, args, console)
 
 
 def training_arguments(recipe: Recipe) -> SFTConfig:

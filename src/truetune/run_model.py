@@ -26,14 +26,7 @@ from truetune.recipe import Recipe
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 
-_REFUSED = (
-    TypeError,
-    ValueError,
-    IndexError,
-    ImportError,
-    RuntimeError,
-    re.error,
-)  # by PEFT
+_REFUSED = (TypeError, ValueError, IndexError, ImportError, re.error)  # by PEFT
 
 
 def model_path(recipe: Recipe) -> str:
@@ -182,7 +175,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
     except torch.OutOfMemoryError:
         raise
-    except _REFUSED as error:
+    except (*_REFUSED, RuntimeError) as error:  # of tensors of other sizes
         raise _does_not_fit(path, error) from error
     return _trained_in_fp32(adapted)
 
@@ -202,8 +195,6 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, new_ids: Sequence[int]) -> 
             config.trainable_token_indices = _with_new_rows(model, config, new_ids)
         names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         adapted = get_peft_model(model, config, revision=None if recipe.revision == "main" else recipe.revision)
-    except torch.OutOfMemoryError:
-        raise
     except _REFUSED as error:
         raise TrainError(f"PEFT refuses the recipe's lora: {_one_line(error)}") from error
     for field in ("target_modules", "modules_to_save", "target_parameters"):

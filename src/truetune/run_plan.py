@@ -79,10 +79,22 @@ class RecipePlan:
         }
 
 
-def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None, model: Any = None) -> RecipePlan:
+def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None) -> RecipePlan:
     """Plans `recipe` for a GPU of `memory_gib` (None: the one here). Reads neither weights nor data.
 
-    `model`: the recipe's, `without_weights` and `with_adapter`, where it was made before.
+    Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
+    """
+    check_adapter(recipe)
+    precision = model_precision(recipe)
+    config = check_model(
+        model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
+    )
+    return plan_model(with_adapter(without_weights(config, recipe), recipe), recipe, args, memory_gib)
+
+
+def plan_model(model: Any, recipe: Recipe, args: SFTConfig, memory_gib: float | None = None) -> RecipePlan:
+    """As `plan_recipe`, with the recipe's model, which needs no weights, and its adapter.
+
     Raises `ModelError` and `TrainError` where the recipe or the model cannot be planned.
     """
     if args.gradient_checkpointing_kwargs or args.activation_offloading or not args.fuse:
@@ -92,12 +104,6 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
         )
     check_policy(args.activation_policy)
     precision = model_precision(recipe)
-    if model is None:
-        check_adapter(recipe)
-        config = check_model(
-            model_path(recipe), precision="bf16" if precision == "fp8" else precision, **hub_arguments(recipe)
-        )
-        model = with_adapter(without_weights(config, recipe), recipe)
     if reason := why_not_planned(model):
         raise ModelError(f"{recipe.model} cannot be planned, because {reason}: train it, and see what the report says.")
     room, device, flops = _device(memory_gib)
@@ -140,14 +146,14 @@ def plan_recipe(recipe: Recipe, args: SFTConfig, memory_gib: float | None = None
 
 
 def print_whether_it_fits(
-    recipe: Recipe, args: SFTConfig, model: Any, console: Console, memory_gib: float | None = None
+    model: Any, recipe: Recipe, args: SFTConfig, console: Console, memory_gib: float | None = None
 ) -> None:
-    """One line before weights are downloaded; `model` as `plan_recipe` takes it.
+    """One line before weights are downloaded; `model` as `plan_model` takes it.
 
     The rehearsal decides; what cannot be planned is only tried.
     """
     try:
-        found = plan_recipe(recipe, args, memory_gib, model)
+        found = plan_model(model, recipe, args, memory_gib)
     except (ModelError, TrainError):
         return
     if found.fits:

@@ -69,9 +69,8 @@ def has_kernel(device):
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize(
-    ("rank", "add"), [(None, False), (None, True), (8, True), (48, False), (100, True), (200, False)]
-)
+@pytest.mark.parametrize("rank", [None, 8, 48, 100, 200])
+@pytest.mark.parametrize("add", [False, True])
 def test_sum_is_that_of_fp64_rounded_once(device, widths, rank, add, in_one_kernel, empty_is_nan):
     products, low_rank = products_of(device, widths), None
     if rank is not None:

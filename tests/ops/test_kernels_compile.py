@@ -48,9 +48,6 @@ class Kernel(NamedTuple):
     num_stages: int = 3  # Triton's default
 
 
-FP8_RANKS = ((0, False), (64, False), (256, True), (8, False), (16, True), (48, True), (64, True))
-
-
 def kernels() -> list[Kernel]:
     return [*of_the_head(), *of_a_frozen_head(), *of_activations(), *of_norms(), *of_rope(), *of_linears()]
 
@@ -200,7 +197,7 @@ def of_linears() -> list[Kernel]:
                 targets=range(90, 91),
             )
             for products in (1, 2, 3)
-            for rank, by_rank in FP8_RANKS[: 7 if products == 1 else 3]  # several products differ in their loop alone
+            for rank, by_rank in ((0, False), (8, False), (16, True), (48, True), (64, False), (64, True), (256, True))
             for add in (False, True)
         ),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
