@@ -49,7 +49,8 @@ def check_rows(x):
 def errors(value, x, weight_NK):
     """Relative to fp32: of `value`, and of fp32 products of rows rounded to E4M3."""
     exact = x.float() @ weight_NK.float().t()
-    rounded = dequantize(*quantize_rows_reference(x)) @ dequantize(*quantize_rows_reference(weight_NK)).t()
+    weight8, scale = quantize_rows_reference(weight_NK, powers_of_two=True)
+    rounded = dequantize(*quantize_rows_reference(x)) @ dequantize(weight8, scale).t()
     return [((y.float() - exact).norm() / exact.norm()).item() for y in (value, rounded)]
 
 

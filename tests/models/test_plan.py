@@ -20,7 +20,7 @@ from truetune.models.memory import (
     optimizer_bytes,
     saved_tensors,
 )
-from truetune.models.offload import HostMemory, _Saved, on_device
+from truetune.models.offload import HostMemory, _Saved, on_device, pinned_buffers
 from truetune.models.plan import (
     ActivationPlan,
     Rates,
@@ -300,7 +300,7 @@ def test_what_is_on_the_device_on_its_way_is_counted(mix, monkeypatch):
         with host.saving(i) if size else nullcontext():
             if size:
                 data = torch.zeros(size, dtype=torch.uint8)
-                host._layers[i].saved[0, size] = _Saved(data, data.clone(), data.clone(), MagicMock())
+                host._layers[i].saved[0, size] = _Saved(data, size, [data.clone()], MagicMock())
                 packed[i] = host._layers[i], i, (0, size), torch.uint8, data.shape
             forward.append(there())
     head = there()
@@ -311,6 +311,13 @@ def test_what_is_on_the_device_on_its_way_is_counted(mix, monkeypatch):
     counted = on_device(sizes)
     assert (counted.forward, counted.head, counted.after) == (forward, head, there())
     assert counted.backward == backward[::-1]
+
+
+@pytest.mark.parametrize("num_bytes", [2**23, 2**23 + 1, 2**26, 2**26 + 1, 5 * 2**26, 600_000 * 8192])
+def test_pinned_buffers_waste_no_more_than_one_of_them_or_half(num_bytes):
+    buffers = pinned_buffers(num_bytes)
+    assert num_bytes <= sum(buffers) < num_bytes + min(num_bytes, 2**26)
+    assert all(size.bit_count() == 1 for size in buffers)  # as PyTorch's allocator makes them anyway
 
 
 def test_layers_that_keep_theirs_behind_those_on_the_host_have_their_bytes_beside_them(llama_8b):

@@ -66,6 +66,29 @@ def test_rows_may_be_strided_and_columns_become_rows(device):
         assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
 
 
+def test_scales_of_powers_of_two_are_the_next_ones_above(device):
+    x = randn(device, torch.bfloat16, 40, 133)
+    x[0], x[1] = 0, 448 * 2.0**-3  # whose scale is one already
+    x8, scale = quantize_rows(x, powers_of_two=True)
+    expected8, expected_scale = quantize_rows_reference(x, powers_of_two=True)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(x8.view(torch.uint8), expected8.view(torch.uint8))
+    assert (scale.frexp()[0] == 0.5).all() and scale[1] == 2.0**-3
+    largest = x8.float().abs().amax(-1)[1:]
+    assert largest[0] == 448 and ((largest >= 224) & (largest <= 448)).all()
+    assert torch.equal(dequantize(x8, scale), dequantize(x8, scale).bfloat16().double())
+
+
+def test_both_layouts_of_a_weight_are_the_same_matrix(device):
+    """Else the backward pass would go through another function than the forward pass computed, in every step alike."""
+    weight = randn(device, torch.bfloat16, 48, 320) * torch.logspace(-2, 2, 320, device=device).bfloat16()
+    held = Fp8Weight.quantize(weight)
+    rows, columns = held.dequantize(torch.float32), (held.weight8_KN.float() * held.scale_1K.t()).t()
+    normal = weight.abs() >= 2**-6 * torch.maximum(held.scale_1N.t(), held.scale_1K)  # E4M3's smallest such number
+    assert normal.float().mean() > 0.9 and torch.equal(rows[normal], columns[normal])
+    assert (rows - columns).abs().max() <= 2**-9 * torch.maximum(held.scale_1N.max(), held.scale_1K.max())
+
+
 def test_zeros_outliers_and_denormals_keep_their_row_finite(device):
     x = randn(device, torch.float32, 5, 2100)
     x[0] = 0
@@ -99,7 +122,8 @@ def test_what_is_nan_or_infinite_becomes_nan_and_spoils_no_other_row(device):
 def measured_baseline(x, weight):
     """Of y = x @ weight.T in fp64: exact, and with both sides rounded to rows of E4M3, as plain PyTorch rounds them."""
     exact = x.double() @ weight.double().t()
-    return exact, dequantize(*quantize_rows_reference(x)) @ dequantize(*quantize_rows_reference(weight)).t()
+    weight8, scale = quantize_rows_reference(weight, powers_of_two=True)
+    return exact, dequantize(*quantize_rows_reference(x)) @ dequantize(weight8, scale).t()
 
 
 @pytest.mark.parametrize("outliers", [False, True])

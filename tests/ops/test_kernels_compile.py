@@ -125,7 +125,10 @@ def of_activations() -> list[Kernel]:
             )
             for one_scale in (False, True)
         ),
-        Kernel("fp8", "_quantize_rows_kernel", 16, {"BLOCK": 4096}, wide=False),  # 8 bytes are 8 elements of FP8
+        *(  # 8 bytes are 8 elements of FP8
+            Kernel("fp8", "_quantize_rows_kernel", 16, {"POWERS_OF_TWO": weights, "BLOCK": 4096}, wide=False)
+            for weights in (False, True)
+        ),
         Kernel("dropout", "_seeded_dropout_kernel", 4, {"BLOCK_K": 1024, "HAS_ADD": True}),
     ]
 

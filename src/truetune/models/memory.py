@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from truetune.models.blocks import RECOMPUTED_ROWS
-from truetune.models.offload import SMALLEST, on_device, pinned_bytes
+from truetune.models.offload import SMALLEST, on_device, pinned_buffers
 from truetune.models.shapes import FP32, LayerShape, ModelShape
 from truetune.ops.linear_cross_entropy import chunk_bytes
 
@@ -108,7 +108,7 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
         size = saved.bytes_a_token * T
         if choice in ON_HOST and saved.hosted and size >= SMALLEST and saved.name not in stays:
             host += size
-            pinned += pinned_bytes(size)
+            pinned += sum(pinned_buffers(size))
         else:
             device[saved.group] += size
     largest, mlp_made = (elements * c for elements in s.made)

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2**23  # bytes; smaller ones are not worth a copy
+BUFFER = 2**26  # bytes of a pinned buffer, at most
 
 
-def pinned_bytes(num_bytes: int) -> int:
-    """What a buffer of so many bytes takes: the next power of two."""
-    return 1 << (num_bytes - 1).bit_length()
+def pinned_buffers(num_bytes: int) -> list[int]:
+    """The buffers in which so many bytes lie: one of the next power of two, or as many of `BUFFER` as they fill."""
+    if num_bytes <= BUFFER:
+        return [1 << (num_bytes - 1).bit_length()]
+    return [BUFFER] * -(-num_bytes // BUFFER)
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,17 @@ def on_device(host: Sequence[int]) -> OnDevice:
 class _Saved:
     """A contiguous stretch of memory that one or more saved tensors look at."""
 
-    device_data: Tensor | None  # kept until its copy is done, and again once it is back
-    host_data: Tensor
-    buffer: Tensor  # in which `host_data` lies
+    device_data: Tensor | None  # bytes, kept until their copy is done, and again once they are back
+    num_bytes: int
+    buffers: list[Tensor]
     copied: torch.cuda.Event
     returned: torch.cuda.Event | None = None
+
+    def parts(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`data` on the device and the buffers, piece by piece."""
+        for start, buffer in zip(range(0, self.num_bytes, BUFFER), self.buffers, strict=True):
+            part = data[start : start + BUFFER]
+            yield part, buffer[: part.numel()]
 
 
 @dataclass
@@ -73,8 +82,8 @@ class HostMemory:
     """The pinned memory of one device's offloaded activations, and the stream of their copies.
 
     Buffers are kept from step to step: to pin memory takes far longer than to fill it. Batches differ a little in
-    length, so their sizes are powers of two, as PyTorch's allocator makes them anyway: kept by exact size, every step
-    would pin new ones, until the host has no memory left.
+    length: kept by exact size, every step would pin new ones, until the host has no memory left. So their sizes are
+    powers of two, as PyTorch's allocator makes them anyway, and none is so large that much of it stays empty.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -118,14 +127,18 @@ class HostMemory:
         return layer, index, key, tensor.dtype, tensor.shape
 
     def _copy_out(self, data: Tensor, num_bytes: int) -> _Saved:
-        free = self._free.get(pinned_bytes(num_bytes))
-        buffer = free.pop() if free else torch.empty(pinned_bytes(num_bytes), dtype=torch.uint8, pin_memory=True)
-        host = buffer[:num_bytes]
+        buffers = [self._buffer(size) for size in pinned_buffers(num_bytes)]
+        saved = _Saved(data, num_bytes, buffers, torch.cuda.Event())
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host.copy_(data, non_blocking=True)
-            copied = self.stream.record_event()
-        return _Saved(data, host, buffer, copied)
+            for part, on_host in saved.parts(data):
+                on_host.copy_(part, non_blocking=True)
+            saved.copied.record()
+        return saved
+
+    def _buffer(self, num_bytes: int) -> Tensor:
+        free = self._free.get(num_bytes)
+        return free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def _release_copied(self, before: int) -> None:
         """Lets go of the device memory of the layers before this one: the compute stream waits for their copies.
@@ -165,10 +178,11 @@ class HostMemory:
         for saved in self._layers[index].saved.values():
             if saved.device_data is not None:
                 continue
-            saved.device_data = torch.empty(saved.host_data.numel(), dtype=torch.uint8, device=self.device)
+            saved.device_data = torch.empty(saved.num_bytes, dtype=torch.uint8, device=self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may still be in use there
             with torch.cuda.stream(self.stream):
-                saved.device_data.copy_(saved.host_data, non_blocking=True)
+                for part, on_host in saved.parts(saved.device_data):
+                    part.copy_(on_host, non_blocking=True)
                 saved.returned = self.stream.record_event()
 
     def forget(self) -> None:
@@ -185,5 +199,6 @@ class HostMemory:
         for saved in layer.saved.values():
             if saved.returned is not None:  # asked for and not used: the copy must not write into memory of others
                 torch.cuda.current_stream(self.device).wait_event(saved.returned)
-            self._free.setdefault(saved.buffer.numel(), []).append(saved.buffer)
+            for buffer in saved.buffers:
+                self._free.setdefault(buffer.numel(), []).append(buffer)
         layer.saved.clear()  # a graph that nobody runs backward may hold on to the layer

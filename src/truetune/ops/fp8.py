@@ -3,8 +3,9 @@
 A row is scaled so that its largest magnitude becomes 448, the largest E4M3 number (Micikevicius et al., "FP8 Formats
 for Deep Learning", 2022), and rounded to the nearest. Forward multiplies rows of activations with rows of the weight,
 backward rows of gradients with its columns; `torch._scaled_mm` wants either contiguous along the summed dimension, so
-an `Fp8Weight` holds the weight twice, in two bytes an element, as many as bf16. Either copy is rounded from the
-original, with scales of its own.
+an `Fp8Weight` holds the weight twice, in two bytes an element, as many as bf16. Its scales are powers of two, which
+change no rounding: either copy, with scales of its own, is the same matrix, and the gradient is that of the function
+that the forward pass computes.
 
 Letters of tensor shapes: T tokens, K input features, N output features.
 """
@@ -21,12 +22,14 @@ FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
 _TO_LARGEST = 1.0 / _LARGEST  # a product: PyTorch divides by a number exactly on a CPU and by its inverse on a GPU
 _SMALLEST_AMAX = 448.0 * 2.0**-125  # below it the scale, or its inverse, would leave fp32's normal numbers
+_MANTISSA = 0x007FFFFF  # of fp32: added to a number's bits and then cleared, it rounds up to a power of two
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
 
 if triton is not None:
     _TO_LARGEST_TL, _SMALLEST_AMAX_TL = tl.constexpr(_TO_LARGEST), tl.constexpr(_SMALLEST_AMAX)
+    _MANTISSA_TL = tl.constexpr(_MANTISSA)
 
     @triton.jit
     def row_scale(amax):
@@ -36,7 +39,9 @@ if triton is not None:
         return scale, tl.div_rn(1.0, scale)
 
     @triton.jit
-    def _quantize_rows_kernel(x_ptr, x8_ptr, scale_ptr, stride, width, BLOCK: tl.constexpr):
+    def _quantize_rows_kernel(
+        x_ptr, x8_ptr, scale_ptr, stride, width, POWERS_OF_TWO: tl.constexpr, BLOCK: tl.constexpr
+    ):
         """One program a row, two passes over it; the second finds it in the cache."""
         row = tl.program_id(0).to(tl.int64)
         amax = tl.zeros([BLOCK], tl.float32)
@@ -45,6 +50,9 @@ if triton is not None:
             x = tl.load(x_ptr + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.abs(x))
         scale, inverse = row_scale(tl.max(amax, 0))
+        if POWERS_OF_TWO:
+            scale = ((scale.to(tl.int32, bitcast=True) + _MANTISSA_TL) & ~_MANTISSA_TL).to(tl.float32, bitcast=True)
+            inverse = tl.div_rn(1.0, scale)
         tl.store(scale_ptr + row, scale)
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -56,12 +64,19 @@ if triton is not None:
 # Launcher
 
 
-def _launch(x_TK: Tensor, x8_TK: Tensor, scale_T: Tensor) -> None:
+def _launch(x_TK: Tensor, x8_TK: Tensor, scale_T: Tensor, powers_of_two: bool) -> None:
     T, K = x_TK.shape
     block = min(4096, next_power_of_2(K))
     with torch.cuda.device_of(x_TK):
         _quantize_rows_kernel[(T,)](
-            x_TK, x8_TK, scale_T, x_TK.stride(0), K, BLOCK=block, num_warps=max(1, block // 256)
+            x_TK,
+            x8_TK,
+            scale_T,
+            x_TK.stride(0),
+            K,
+            POWERS_OF_TWO=powers_of_two,
+            BLOCK=block,
+            num_warps=max(1, block // 256),
         )
 
 
@@ -95,19 +110,20 @@ def why_not_fp8_shape(in_features: int, out_features: int) -> str | None:
     return None
 
 
-def quantize_rows(x_TK: Tensor, *, transpose: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_TK: Tensor, *, transpose: bool = False, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """x_TK -> (x8_TK in E4M3, scale_T in fp32) with x ~ x8 * scale; with `transpose` x8_KT and scale_K, of x's columns.
 
+    `powers_of_two`: scales rounded up to them; a row's largest magnitude becomes more than 224, up to 448.
     The last dimension of x is contiguous, its rows may be strided. Rows of zeros stay zeros. Not differentiable.
     """
     if transpose:
         x_TK = x_TK.t().contiguous()  # for weights, once: a kernel of its own would not pay
     if not use_kernels(x_TK):
-        return quantize_rows_reference(x_TK)
+        return quantize_rows_reference(x_TK, powers_of_two=powers_of_two)
     x8_TK = torch.empty(x_TK.shape, dtype=FP8, device=x_TK.device)
     scale_T = torch.empty(x_TK.shape[0], dtype=torch.float32, device=x_TK.device)
     if x_TK.shape[0]:
-        _launch(x_TK, x8_TK, scale_T)
+        _launch(x_TK, x8_TK, scale_T, powers_of_two)
     return x8_TK, scale_T
 
 
@@ -122,7 +138,10 @@ class Fp8Product(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A frozen weight_NK in E4M3 for y = x @ weight.T (rows and their scales) and for dx = dy @ weight (columns)."""
+    """A frozen weight_NK in E4M3 for y = x @ weight.T (rows and their scales) and for dx = dy @ weight (columns).
+
+    Both hold the same numbers, but for what is smaller than 1/14,336 of its row's or its column's largest magnitude.
+    """
 
     weight8_NK: Tensor
     scale_1N: Tensor
@@ -131,12 +150,12 @@ class Fp8Weight:
 
     @classmethod
     def quantize(cls, weight_NK: Tensor) -> "Fp8Weight":
-        weight8_NK, scale_N = quantize_rows(weight_NK)
-        weight8_KN, scale_K = quantize_rows(weight_NK, transpose=True)
+        weight8_NK, scale_N = quantize_rows(weight_NK, powers_of_two=True)
+        weight8_KN, scale_K = quantize_rows(weight_NK, transpose=True, powers_of_two=True)
         return cls(weight8_NK, scale_N[None, :], weight8_KN, scale_K[None, :])
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """weight_NK as the forward product sees it."""
+        """weight_NK as both products see it; in bf16 and fp32 without another rounding."""
         return (self.weight8_NK.float() * self.scale_1N.t()).to(dtype)
 
     def times(self, x8_TK: Tensor, scale_T: Tensor) -> Fp8Product:
@@ -214,17 +233,19 @@ def frozen_fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) 
 # Plain PyTorch
 
 
-def quantize_rows_reference(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(x_TK: Tensor, *, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain PyTorch."""
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) * _TO_LARGEST
+    if powers_of_two:
+        scale_T1 = ((scale_T1.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
     return (x_TK * scale_T1.reciprocal()).to(FP8), scale_T1.squeeze(-1)
 
 
 def frozen_fp8_linear_reference(x: Tensor, weight_NK: Tensor, bias: Tensor | None = None) -> Tensor:
     """`frozen_fp8_linear` without autograd, the weight not yet quantized."""
     x8, scale_x = quantize_rows_reference(x.reshape(-1, x.shape[-1]))
-    weight8, scale_w = quantize_rows_reference(weight_NK)
+    weight8, scale_w = quantize_rows_reference(weight_NK, powers_of_two=True)
     y_TN = (x8.float() * scale_x[:, None]) @ (weight8.float() * scale_w[:, None]).t()
     y_TN = y_TN if bias is None else y_TN + bias
     return y_TN.to(x.dtype).view(*x.shape[:-1], -1)
