@@ -194,11 +194,12 @@ def _qkv_backward(block: QkvProjection, dys, h_TH, xas, needs_input: bool) -> tu
         dh_TH, adapters = linears_backward_input(dys, xas[0], block.linears, needs_input=needs_input)
         return dh_TH, linears_backward_parameters(dys, h_TH, xas[0], adapters, block.linears)
     q, kv, kv_dys, q_dys = block.linears[:1], block.linears[1:], dys[1:], (dys[0].index_select(0, block.rows_K),)
-    dh_TH, kv_adapters = linears_backward_input(kv_dys, xas[0], kv, needs_input=needs_input)
     dh_KH, q_adapters = linears_backward_input(q_dys, xas[1], q, needs_input=needs_input)
+    q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_adapters, q)
+    del q_dys  # before there is a gradient of all rows
+    dh_TH, kv_adapters = linears_backward_input(kv_dys, xas[0], kv, needs_input=needs_input)
     if dh_TH is not None and dh_KH is not None:
         add_rows_(dh_TH, dh_KH, block.rows_K)
-    q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_adapters, q)
     return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h_TH, xas[0], kv_adapters, kv)
 
 
@@ -229,13 +230,18 @@ def _rope_backward(block: QkvProjection, dq, dk, cos_TR, sin_TR, q, k):
 
 @dataclass(slots=True)
 class ResidualProjection:
-    """From attention back to the residual stream: residual + multiplier * post_norm(linear(x))."""
+    """From attention back to the residual stream: residual + multiplier * post_norm(linear(x)).
+
+    `rows_K`: only these go on (the last layer). All of x is saved, as attention saves it anyway.
+    """
 
     linear: Linear
     post_norm: Norm | None
     multiplier: float
+    rows_K: Tensor | None = None
 
     def __call__(self, x_TN: Tensor, residual_TH: Tensor) -> Tensor:
+        """x [T, N] and the residual path [T, H] -> [T, H], or [K, H]."""
         draw_seeds((self.linear,))
         trained = trained_tensors((self.post_norm,), (self.linear,))
         return _ProjectOut.apply(_contiguous_rows(x_TN), _contiguous_rows(residual_TH), self, *trained)
@@ -272,21 +278,29 @@ def _from_residual(
 class _ProjectOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TN, residual_TH, block: ResidualProjection, *_):
-        out_TH, xa_TS, y_TH, rstd_T = _into_residual(x_TN, residual_TH, block.linear, block.post_norm, block.multiplier)
-        ctx.save_for_backward(x_TN, xa_TS, y_TH, rstd_T)
+        x_KN, residual_KH = _take(x_TN, block.rows_K), _take(residual_TH, block.rows_K)
+        out_KH, xa_KS, y_KH, rstd_K = _into_residual(x_KN, residual_KH, block.linear, block.post_norm, block.multiplier)
+        ctx.save_for_backward(x_TN, xa_KS, y_KH, rstd_K)
         ctx.block = block
-        return out_TH
+        return out_KH
 
     @staticmethod
-    def backward(ctx, dout_TH):
-        x_TN, xa_TS, y_TH, rstd_T = ctx.saved_tensors
+    def backward(ctx, dout_KH):
+        x_TN, xa_KS, y_KH, rstd_K = ctx.saved_tensors
         block: ResidualProjection = ctx.block
-        dout_TH = _contiguous_rows(dout_TH)
-        dy_TH, d_norm = _from_residual(dout_TH, x_TN.dtype, block.post_norm, block.multiplier, y_TH, rstd_T)
+        dout_KH = _contiguous_rows(dout_KH)
+        dy_KH, d_norm = _from_residual(dout_KH, x_TN.dtype, block.post_norm, block.multiplier, y_KH, rstd_K)
         linears = (block.linear,)
-        dx_TN, adapters = linears_backward_input((dy_TH,), xa_TS, linears, needs_input=ctx.needs_input_grad[0])
-        gradients = linears_backward_parameters((dy_TH,), x_TN, xa_TS, adapters, linears)
-        return dx_TN, dout_TH, None, d_norm, *gradients
+        dx_KN, adapters = linears_backward_input((dy_KH,), xa_KS, linears, needs_input=ctx.needs_input_grad[0])
+        gradients = linears_backward_parameters((dy_KH,), _take(x_TN, block.rows_K), xa_KS, adapters, linears)
+        if block.rows_K is None:
+            return dx_KN, dout_KH, None, d_norm, *gradients
+        dx_TN = None if dx_KN is None else put_rows(dx_KN, block.rows_K, len(x_TN))
+        return dx_TN, put_rows(dout_KH, block.rows_K, len(x_TN)), None, d_norm, *gradients
+
+
+def _take(x_TH: Tensor, rows_K: Tensor | None) -> Tensor:
+    return x_TH if rows_K is None else x_TH.index_select(0, rows_K)
 
 
 # -- MLP ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from truetune.models.families import Family, class_path, family_of
 from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
 from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
-from truetune.ops.rows import take_rows
 from truetune.ops.swiglu import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -228,7 +227,7 @@ def run_layer(self: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_st
         hidden_states = _plain_attention(self, family, hidden_states, given)
     else:
         with torch.autocast(device, enabled=False):
-            qkv.rows_K = rows_K
+            qkv.rows_K = out.rows_K = rows_K
             hidden_states = _fused_attention(self, family, qkv, out, hidden_states, given)
     try:
         mlp = _mlp_block(self, family, dtype)
@@ -266,10 +265,8 @@ def _fused_attention(
         scaling=attention.scaling,
         **arguments,
     )
-    attended_TN = attended.flatten(0, 1).flatten(1)
-    if qkv.rows_K is None:
-        return out(attended_TN, residual_TH).view_as(hidden_BSH)
-    return out(take_rows(attended_TN, qkv.rows_K), take_rows(residual_TH, qkv.rows_K))[None]
+    hidden_KH = out(attended.flatten(0, 1).flatten(1), residual_TH)
+    return hidden_KH.view_as(hidden_BSH) if out.rows_K is None else hidden_KH[None]
 
 
 def _attention_function(attention: Any):

@@ -18,6 +18,7 @@ from truetune.ops.cross_entropy import Loss
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
+MOST_ROWS = 15 / 16  # of a batch's positions, that the last layer takes out: with more, the copies cost what they save
 
 
 @dataclass
@@ -92,7 +93,8 @@ def bind_fused_loss(model: Any) -> None:
         kwargs["use_cache"] = False
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        if loss_rows is not None and len(loss_rows) > 0 and hasattr(self.base_model, TAKES_ROWS):
+        some = loss_rows is not None and 0 < len(loss_rows) <= MOST_ROWS * labels.numel()
+        if some and hasattr(self.base_model, TAKES_ROWS):
             kwargs["loss_rows"] = loss_rows
         with given_boundaries(self.config, kwargs):
             outputs = self.base_model(*args, **kwargs)
