@@ -76,6 +76,7 @@ _ROWS = (
     Family("SmolLM3", "smollm3", window="sliding_window"),
 )
 FAMILIES: dict[str, Family] = {row.class_path("DecoderLayer"): row for row in _ROWS}
+NORM_OFFSETS: dict[str, float] = {row.class_path("RMSNorm"): row.norm_offset for row in _ROWS}
 
 
 def class_path(module: nn.Module | Any) -> str:

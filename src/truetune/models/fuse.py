@@ -25,6 +25,7 @@ from truetune.models.adapters import lora_linear_forward
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
 from truetune.models.bound import bind, is_bound, is_replaced
 from truetune.models.families import Family, class_path, family_of
+from truetune.models.final_norm import fuse_final_norm, unfuse_final_norm
 from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
 from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
@@ -89,22 +90,27 @@ def fuse(model: nn.Module) -> FusionReport:
             for part, why in parts_left(layer, family).items():
                 report.left[f"{part} of {name}: {why}"] += 1
     if layers and sum(report.fused.values()) == len(layers):
-        _let_last_layer_take_rows(model, layers[-1])
+        family, holder = family_of(layers[-1]), holder_of_layers(model, layers)
+        assert family is not None
+        _let_last_layer_take_rows(holder, layers[-1], family)
+        if reason := fuse_final_norm(holder, family):
+            report.left[f"final norm: {reason}"] += 1
     if report.fused:
         bind_walks(model)
     return report
 
 
-def _let_last_layer_take_rows(model: nn.Module, layer: Any) -> None:
+def holder_of_layers(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    path = next(name for name, module in model.named_modules() if module is layers[-1])
+    return model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])  # <holder>.layers.<number>
+
+
+def _let_last_layer_take_rows(holder: nn.Module, layer: Any, family: Family) -> None:
     """Marks the last layer, and the model that holds it, which then takes `loss_rows`. Experts' router losses are over
     all tokens, so a layer with experts keeps them all."""
-    family = family_of(layer)
-    if family is None or class_path(layer.mlp) != family.class_path("MLP"):
-        return
-    path = next(name for name, module in model.named_modules() if module is layer)
-    holder = path.rpartition(".")[0].rpartition(".")[0]  # <holder>.layers.<number>
-    for module in (layer, model.get_submodule(holder)):
-        vars(module)[TAKES_ROWS] = True
+    if class_path(layer.mlp) == family.class_path("MLP"):
+        for module in (layer, holder):
+            vars(module)[TAKES_ROWS] = True
 
 
 def unfuse(model: nn.Module) -> int:
@@ -115,6 +121,7 @@ def unfuse(model: nn.Module) -> int:
         vars(layer).pop("activations", None)
         vars(layer).pop(GRAPHS, None)
     unbind_walks(model)
+    unfuse_final_norm(model)
     for module in model.modules():
         vars(module).pop(TAKES_ROWS, None)
     return len(fused)

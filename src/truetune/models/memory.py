@@ -230,13 +230,15 @@ class StepMemory:
         cast = matrix * m.compute * m.head_made
         if not gradients:
             return {"forward": stream + logits + cast}
-        norm = (FP32 * m.hidden * T if m.residual < FP32 else 0) + hidden * m.norm_trained
+        fp32 = FP32 * m.hidden * T
+        norm = 0 if m.norm_fused else (fp32 if m.residual < FP32 else 0) + hidden * m.norm_trained
+        norm_backward = hidden + stream if m.norm_fused else 2 * hidden + 4 * fp32
         d_weight = FP32 * matrix if m.head_gradient else 0
         scaled = m.head_gradient * matrix if 0 < m.head_gradient < FP32 else 0  # fp32 ones are scaled in place
         return {
             "forward": norm + stream + hidden + logits + d_weight + cast,
-            "backward": norm + hidden + stream + d_weight + scaled,
-            "norm backward": norm + stream + 3 * FP32 * m.hidden * T + (scaled or d_weight),
+            "backward": norm + stream + 2 * hidden + d_weight + scaled,
+            "norm backward": norm + stream + norm_backward + (scaled or d_weight),
             "gradients kept": scaled or d_weight,
         }
 

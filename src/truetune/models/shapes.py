@@ -13,7 +13,8 @@ from torch import nn
 
 from truetune.models.adapters import base_model
 from truetune.models.families import Family, class_path, family_of
-from truetune.models.fuse import decoder_layers
+from truetune.models.final_norm import final_norms
+from truetune.models.fuse import decoder_layers, holder_of_layers
 
 FP32 = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, a scale a block of 64, a scale of scales a block of 256
@@ -65,6 +66,7 @@ class ModelShape:
     head_gradient: int  # bytes a trained element, 0: frozen
     embedding_gradient: int
     tied: bool
+    norm_fused: bool
     norm_trained: bool
     linear_elements: int
 
@@ -89,20 +91,24 @@ def read_model(model: Any, compute_dtype: torch.dtype, precision: str | None = N
     layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made) for layer in decoder_layers(model))
     trained = [p for p in _unique(model) if p.requires_grad]
     embedding_weight, head_weight = (_plain(module).weight for module in (embedding, head))
-    norms = [m for m in base.base_model.children() if hasattr(m, "weight") and not isinstance(m, nn.Embedding)]
+    family = family_of(decoder_layers(model)[-1])
+    assert family is not None
+    norms: list[Any] = final_norms(holder_of_layers(model, decoder_layers(model)), family)
+    residual = embedding_weight.dtype
     return ModelShape(
         layers=layers,
         weights=_weight_bytes(model, head, precision),
         gradients=sum(p.numel() * p.element_size() for p in trained),
         trained=tuple((p.numel(), p.element_size()) for p in trained),
         compute=compute_dtype.itemsize,
-        residual=embedding_weight.dtype.itemsize,
+        residual=residual.itemsize,
         hidden=embedding_weight.shape[1],
         head=head_weight.shape[0],
         head_made=head_weight.dtype != compute_dtype,
         head_gradient=head_weight.element_size() if head_weight.requires_grad else 0,
         embedding_gradient=embedding_weight.element_size() if embedding_weight.requires_grad else 0,
         tied=head_weight is embedding_weight,
+        norm_fused=bool(norms) and all(norm.weight.dtype == residual for norm in norms),
         norm_trained=any(norm.weight.requires_grad for norm in norms),
         linear_elements=sum(layer.linear_elements for layer in layers),
     )

@@ -1,0 +1,81 @@
+"""The final norm as one kernel: nearer to fp64 than Transformers' own, in the same dtype, wherever it stands."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_models import MODELS, make, packed_batch
+from torch import nn
+
+from truetune.models.final_norm import final_norm_forward
+from truetune.models.fuse import fuse, unfuse
+
+
+def is_fused(norm):
+    return norm.forward.__func__ is final_norm_forward
+
+
+def output_and_gradients(norm, x, dy):
+    x = x.clone().requires_grad_()
+    norm.weight.grad = None
+    y = norm(x)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), x.grad, norm.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_it_is_no_further_from_fp64_than_transformers_own(model_type, dtype):
+    model = make(model_type).to(dtype)
+    norm = model.model.norm
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 130, norm.weight.numel(), generator=generator).to(dtype) for _ in range(2))
+    offset = 1.0 if model_type.startswith("gemma") else 0.0
+    exact_x, weight = x.double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    exact_y = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + eps) * (offset + weight)
+    exact_y.backward(dy.double())
+    exact = exact_y.detach(), exact_x.grad, weight.grad
+
+    plain = output_and_gradients(norm, x, dy)
+    fuse(model)
+    assert is_fused(norm)
+    ours = output_and_gradients(norm, x, dy)
+    for value, its, right in zip(ours, plain, exact, strict=True):
+        assert value.dtype == its.dtype == dtype
+        error, plain_error = ((v.double() - right).norm() / right.norm() for v in (value, its))
+        assert error <= 1.05 * plain_error
+
+
+def test_it_comes_and_goes_with_the_layers_and_copies_have_their_own():
+    model = make("llama")
+    fuse(model)
+    twin = copy.deepcopy(model)
+    assert twin.model.norm.forward.__self__ is twin.model.norm
+    unfuse(model)
+    assert "forward" not in vars(model.model.norm) and is_fused(twin.model.norm)
+
+
+def test_a_norm_that_peft_trains_is_fused_inside_its_wrapper():
+    model = make("llama")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["model.norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, adapter)
+    fuse(model)
+    wrapper = model.base_model.model.model.norm
+    assert is_fused(wrapper.modules_to_save["default"])
+    model(**packed_batch()).logits.sum().backward()
+    assert wrapper.modules_to_save["default"].weight.grad.abs().sum() > 0
+
+
+def test_what_it_does_not_know_it_leaves():
+    model = make("llama")
+    model.model.norm = nn.LayerNorm(model.config.hidden_size)
+    assert fuse(model).reasons == ["final norm: it is a LayerNorm"]
+    model = make("llama")
+    model.model.norm.forward = lambda hidden_states: hidden_states
+    assert fuse(model).reasons == ["final norm: its forward was replaced before"]
+    mixed = make("llama").to(torch.bfloat16)
+    fuse(mixed)
+    mixed.model.norm.float()
+    assert mixed.model.norm(torch.ones(1, 3, mixed.config.hidden_size, dtype=torch.bfloat16)).dtype == torch.float32
