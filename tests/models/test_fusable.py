@@ -137,7 +137,8 @@ def test_other_adapters_on_4bit_weights_are_no_plain_4bit_weights(adapter, tmp_p
     use_varlen_attention(model)
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in packed_batch().items()}
     # RandLora's gradients are small sums of large numbers: a final norm in fp64 moves those of Transformers by 2e-4.
-    report = assert_fused_equals_unfused(get_peft_model(model, adapter), batch, rounding=5e-4)
+    rounding = 5e-4 if isinstance(adapter, RandLoraConfig) else 2e-5
+    report = assert_fused_equals_unfused(get_peft_model(model, adapter), batch, rounding=rounding)
     assert bool(report.left) == (type(adapter) is not LoraConfig)
 
 

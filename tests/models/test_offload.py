@@ -51,7 +51,7 @@ def test_a_step_after_passes_that_never_came_to_an_end_is_right(model):
 def test_what_lies_in_several_buffers_comes_back_whole(model, monkeypatch):
     set_activations(fused_layers(model), ["keep"] * LAYERS)
     kept = gradients(model, 1)
-    monkeypatch.setattr(offload, "BUFFER", 3 * 2**20)  # 8 MiB are two whole ones and a part
+    monkeypatch.setattr(offload, "LARGEST_BUFFER", 3 * 2**20)  # 8 MiB are two whole ones and a part
     set_activations(fused_layers(model), ["offload"] * LAYERS)
     for seed in (2, 1):  # the second pass finds what the first one left in the buffers
         ours = gradients(model, seed)

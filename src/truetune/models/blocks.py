@@ -232,7 +232,7 @@ def _rope_backward(block: QkvProjection, dq, dk, cos_TR, sin_TR, q, k):
 class ResidualProjection:
     """From attention back to the residual stream: residual + multiplier * post_norm(linear(x)).
 
-    `rows_K`: only these go on (the last layer). All of x is saved, as attention saves it anyway.
+    `rows_K`: only these go on (the last layer). All of x is saved, as flash attention saves it anyway.
     """
 
     linear: Linear
@@ -296,7 +296,8 @@ class _ProjectOut(torch.autograd.Function):
         if block.rows_K is None:
             return dx_KN, dout_KH, None, d_norm, *gradients
         dx_TN = None if dx_KN is None else put_rows(dx_KN, block.rows_K, len(x_TN))
-        return dx_TN, put_rows(dout_KH, block.rows_K, len(x_TN)), None, d_norm, *gradients
+        dresidual_TH = put_rows(dout_KH, block.rows_K, len(x_TN)) if ctx.needs_input_grad[1] else None
+        return dx_TN, dresidual_TH, None, d_norm, *gradients
 
 
 def _take(x_TH: Tensor, rows_K: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ class Family:
     """One architecture: names are attributes of the decoder layer, of its `self_attn` and of its `mlp`.
 
     `prefix`: what the architecture's classes begin with, in `transformers.models.<module>.modeling_<module>`.
-    `norm_offset`: 1.0 where norms multiply by (1 + weight). `qk_norm`: of each head, of the whole row, or none.
+    `norm_offset`: 1.0 where norms multiply by (1 + weight). `norm_keeps_dtype`: they give their input's dtype, and not
+    the wider one of input and weight. `qk_norm`: of each head, of the whole row, or none.
     `qkv`, `gate_up`: three and two projections, or one whose output holds all.
     `window`, `softcap`: where `self_attn` has what it hands to the attention function. Layers whose MLP is not
     `<prefix>MLP` (experts) keep their own.
@@ -24,6 +25,7 @@ class Family:
     prefix: str
     module: str
     norm_offset: float = 0.0
+    norm_keeps_dtype: bool = False
     pre_attention_norm: str | None = "input_layernorm"
     post_attention_norm: str | None = None
     pre_mlp_norm: str | None = "post_attention_layernorm"
@@ -42,6 +44,7 @@ class Family:
 
 _SANDWICH = {  # a norm before and after both sublayers
     "norm_offset": 1.0,
+    "norm_keeps_dtype": True,
     "post_attention_norm": "post_attention_layernorm",
     "pre_mlp_norm": "pre_feedforward_layernorm",
     "post_mlp_norm": "post_feedforward_layernorm",
@@ -67,6 +70,7 @@ _ROWS = (
     Family(
         "Olmo2",
         "olmo2",
+        norm_keeps_dtype=True,
         qk_norm="row",
         pre_attention_norm=None,
         post_attention_norm="post_attention_layernorm",
@@ -76,7 +80,7 @@ _ROWS = (
     Family("SmolLM3", "smollm3", window="sliding_window"),
 )
 FAMILIES: dict[str, Family] = {row.class_path("DecoderLayer"): row for row in _ROWS}
-NORM_OFFSETS: dict[str, float] = {row.class_path("RMSNorm"): row.norm_offset for row in _ROWS}
+NORMS: dict[str, Family] = {row.class_path("RMSNorm"): row for row in _ROWS}
 
 
 def class_path(module: nn.Module | Any) -> str:

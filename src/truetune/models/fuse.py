@@ -9,6 +9,7 @@ import functools
 import operator
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from truetune.models.adapters import lora_linear_forward
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
 from truetune.models.bound import bind, is_bound, is_replaced
 from truetune.models.families import Family, class_path, family_of
-from truetune.models.final_norm import fuse_final_norm, unfuse_final_norm
+from truetune.models.final_norm import fuse_final_norm, unfuse_final_norm, why_not_final_norm
 from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
 from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
@@ -53,15 +54,18 @@ class NotFusable(Exception):
 
 @dataclass
 class FusionReport:
-    """`fused`: layers whose forward is ours, by class. `left`: why other layers, or parts of fused ones, are not."""
+    """`fused`: layers whose forward is ours, by class. `final_norm`: whether its is. `left`: why other layers, or parts
+    of fused ones, are not."""
 
     fused: Counter[str] = field(default_factory=Counter)
+    final_norm: bool = False
     left: Counter[str] = field(default_factory=Counter)
 
     @property
     def in_effect(self) -> str:
         layers = sum(self.fused.values())
-        return f"{layers} layers ({', '.join(self.fused)})" if layers else "none"
+        norm = " and the final norm" if self.final_norm else ""
+        return f"{layers} layers ({', '.join(self.fused)}){norm}" if layers else "none"
 
     @property
     def reasons(self) -> list[str]:
@@ -69,7 +73,8 @@ class FusionReport:
 
 
 def fuse(model: nn.Module) -> FusionReport:
-    """Binds the fused forward to every decoder layer of this instance that is known; all others stay as they are.
+    """Binds the fused forward to every decoder layer of this instance that is known, and to the norm behind the last
+    one; all others stay as they are.
 
     Fusing a model twice changes nothing. `unfuse` undoes it.
     """
@@ -89,18 +94,24 @@ def fuse(model: nn.Module) -> FusionReport:
             report.fused[name] += 1
             for part, why in parts_left(layer, family).items():
                 report.left[f"{part} of {name}: {why}"] += 1
-    if layers and sum(report.fused.values()) == len(layers):
-        family, holder = family_of(layers[-1]), holder_of_layers(model, layers)
-        assert family is not None
-        _let_last_layer_take_rows(holder, layers[-1], family)
-        if reason := fuse_final_norm(holder, family):
-            report.left[f"final norm: {reason}"] += 1
+    family = family_of(layers[-1]) if layers else None
+    if family is not None:
+        holder = holder_of_layers(model, layers)
+        if sum(report.fused.values()) == len(layers):
+            _let_last_layer_take_rows(holder, layers[-1], family)
+        if reason := why_not_final_norm(holder, family):
+            if hasattr(holder, "norm"):
+                report.left[f"final norm: {reason}"] += 1
+        else:
+            fuse_final_norm(holder, family)
+            report.final_norm = True
     if report.fused:
         bind_walks(model)
     return report
 
 
-def holder_of_layers(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+def holder_of_layers(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+    """The module that calls the decoder layers, and then the final norm."""
     path = next(name for name, module in model.named_modules() if module is layers[-1])
     return model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])  # <holder>.layers.<number>
 

@@ -18,7 +18,7 @@ from truetune.ops.cross_entropy import Loss
 from truetune.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
-MOST_ROWS = 15 / 16  # of a batch's positions, that the last layer takes out: with more, the copies cost what they save
+MOST_ROWS = 15 / 16  # of a batch's positions, that the last layer takes out; about where the copies cost what they save
 
 
 @dataclass

@@ -231,14 +231,14 @@ class StepMemory:
         if not gradients:
             return {"forward": stream + logits + cast}
         fp32 = FP32 * m.hidden * T
-        norm = 0 if m.norm_fused else (fp32 if m.residual < FP32 else 0) + hidden * m.norm_trained
-        norm_backward = hidden + stream if m.norm_fused else 2 * hidden + 4 * fp32
+        norm = stream if m.norm_fused else fp32 + hidden * m.norm_trained  # saved: its input
+        norm_backward = 2 * stream if m.norm_fused else 2 * hidden + 4 * fp32
         d_weight = FP32 * matrix if m.head_gradient else 0
         scaled = m.head_gradient * matrix if 0 < m.head_gradient < FP32 else 0  # fp32 ones are scaled in place
         return {
             "forward": norm + stream + hidden + logits + d_weight + cast,
-            "backward": norm + stream + 2 * hidden + d_weight + scaled,
-            "norm backward": norm + stream + norm_backward + (scaled or d_weight),
+            "backward": norm + stream + hidden + d_weight + scaled,
+            "norm backward": norm + norm_backward + (scaled or d_weight),
             "gradients kept": scaled or d_weight,
         }
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2**23  # bytes; smaller ones are not worth a copy
-BUFFER = 2**26  # bytes of a pinned buffer, at most
+LARGEST_BUFFER = 2**26  # bytes of a pinned buffer, at most
 
 
 def pinned_buffers(num_bytes: int) -> list[int]:
-    """The buffers in which so many bytes lie: one of the next power of two, or as many of `BUFFER` as they fill."""
-    if num_bytes <= BUFFER:
+    """Sizes of the buffers that hold so many bytes: the next power of two, or as many of the largest as they fill."""
+    if num_bytes <= LARGEST_BUFFER:
         return [1 << (num_bytes - 1).bit_length()]
-    return [BUFFER] * -(-num_bytes // BUFFER)
+    return [LARGEST_BUFFER] * -(-num_bytes // LARGEST_BUFFER)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class _Saved:
 
     def parts(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """`data` on the device and the buffers, piece by piece."""
-        for start, buffer in zip(range(0, self.num_bytes, BUFFER), self.buffers, strict=True):
-            part = data[start : start + BUFFER]
+        for start, buffer in zip(range(0, self.num_bytes, LARGEST_BUFFER), self.buffers, strict=True):
+            part = data[start : start + LARGEST_BUFFER]
             yield part, buffer[: part.numel()]
 
 
@@ -83,7 +83,7 @@ class HostMemory:
 
     Buffers are kept from step to step: to pin memory takes far longer than to fill it. Batches differ a little in
     length: kept by exact size, every step would pin new ones, until the host has no memory left. So their sizes are
-    powers of two, as PyTorch's allocator makes them anyway, and none is so large that much of it stays empty.
+    powers of two, as PyTorch's allocator makes them anyway, and of large tensors one size that all share.
     """
 
     def __init__(self, device: torch.device) -> None:

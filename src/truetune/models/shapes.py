@@ -13,7 +13,7 @@ from torch import nn
 
 from truetune.models.adapters import base_model
 from truetune.models.families import Family, class_path, family_of
-from truetune.models.final_norm import final_norms
+from truetune.models.final_norm import why_not_final_norm
 from truetune.models.fuse import decoder_layers, holder_of_layers
 
 FP32 = 4
@@ -88,28 +88,28 @@ def read_model(model: Any, compute_dtype: torch.dtype, precision: str | None = N
     base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     made = precision == "nf4"
-    layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made) for layer in decoder_layers(model))
+    decoder = decoder_layers(model)
+    layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made) for layer in decoder)
     trained = [p for p in _unique(model) if p.requires_grad]
     embedding_weight, head_weight = (_plain(module).weight for module in (embedding, head))
-    family = family_of(decoder_layers(model)[-1])
+    family, holder = family_of(decoder[-1]), holder_of_layers(model, decoder)
     assert family is not None
-    norms: list[Any] = final_norms(holder_of_layers(model, decoder_layers(model)), family)
-    residual = embedding_weight.dtype
+    norm = getattr(holder, "norm", None)
     return ModelShape(
         layers=layers,
         weights=_weight_bytes(model, head, precision),
         gradients=sum(p.numel() * p.element_size() for p in trained),
         trained=tuple((p.numel(), p.element_size()) for p in trained),
         compute=compute_dtype.itemsize,
-        residual=residual.itemsize,
+        residual=embedding_weight.dtype.itemsize,
         hidden=embedding_weight.shape[1],
         head=head_weight.shape[0],
         head_made=head_weight.dtype != compute_dtype,
         head_gradient=head_weight.element_size() if head_weight.requires_grad else 0,
         embedding_gradient=embedding_weight.element_size() if embedding_weight.requires_grad else 0,
         tied=head_weight is embedding_weight,
-        norm_fused=bool(norms) and all(norm.weight.dtype == residual for norm in norms),
-        norm_trained=any(norm.weight.requires_grad for norm in norms),
+        norm_fused=why_not_final_norm(holder, family) is None,
+        norm_trained=isinstance(norm, nn.Module) and any(p.requires_grad for p in norm.parameters()),
         linear_elements=sum(layer.linear_elements for layer in layers),
     )
 

@@ -1,11 +1,11 @@
 """Products with frozen FP8 weights: E4M3 on both sides, a scale for each row of either operand.
 
 A row is scaled so that its largest magnitude becomes 448, the largest E4M3 number (Micikevicius et al., "FP8 Formats
-for Deep Learning", 2022), and rounded to the nearest. Forward multiplies rows of activations with rows of the weight,
-backward rows of gradients with its columns; `torch._scaled_mm` wants either contiguous along the summed dimension, so
-an `Fp8Weight` holds the weight twice, in two bytes an element, as many as bf16. Its scales are powers of two, which
-change no rounding: either copy, with scales of its own, is the same matrix, and the gradient is that of the function
-that the forward pass computes.
+for Deep Learning", 2022), or a weight's at most that, and rounded to the nearest. Forward multiplies rows of
+activations with rows of the weight, backward rows of gradients with its columns; `torch._scaled_mm` wants either
+contiguous along the summed dimension, so an `Fp8Weight` holds the weight twice, in two bytes an element, as many as
+bf16. Its scales are powers of two, which change no rounding above E4M3's smallest normal number: either copy, with
+scales of its own, is the same matrix, and the gradient is that of the function that the forward pass computes.
 
 Letters of tensor shapes: T tokens, K input features, N output features.
 """
@@ -22,7 +22,9 @@ FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of E4M3
 _TO_LARGEST = 1.0 / _LARGEST  # a product: PyTorch divides by a number exactly on a CPU and by its inverse on a GPU
 _SMALLEST_AMAX = 448.0 * 2.0**-125  # below it the scale, or its inverse, would leave fp32's normal numbers
-_MANTISSA = 0x007FFFFF  # of fp32: added to a number's bits and then cleared, it rounds up to a power of two
+# Of fp32. Added to a number's bits and then cleared, it rounds up to a power of two; of NaN it makes -0, whose inverse
+# makes NaN of the row.
+_MANTISSA = 0x007FFFFF
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
@@ -155,7 +157,7 @@ class Fp8Weight:
         return cls(weight8_NK, scale_N[None, :], weight8_KN, scale_K[None, :])
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """weight_NK as both products see it; in bf16 and fp32 without another rounding."""
+        """weight_NK as the forward product sees it; in bf16 and fp32 without another rounding."""
         return (self.weight8_NK.float() * self.scale_1N.t()).to(dtype)
 
     def times(self, x8_TK: Tensor, scale_T: Tensor) -> Fp8Product:

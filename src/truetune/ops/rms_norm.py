@@ -205,8 +205,8 @@ def rms_norm_backward(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_H, eps, offset) -> Tensor:
-        y_TH, rstd_T, *_ = rms_norm_forward(x_TH, weight_H, eps, offset=offset)
+    def forward(ctx: Any, x_TH, weight_H, eps, offset, out_dtype) -> Tensor:
+        y_TH, rstd_T, *_ = rms_norm_forward(x_TH, weight_H, eps, offset=offset, out_dtype=out_dtype)
         ctx.save_for_backward(x_TH, weight_H, rstd_T)
         ctx.offset = offset
         return y_TH
@@ -219,12 +219,17 @@ class _RmsNorm(torch.autograd.Function):
         dx_TH, dweight_H = rms_norm_backward(
             dy_TH.contiguous(), x_TH, weight_H, rstd_T, offset=ctx.offset, needs_weight=needs_weight
         )
-        return dx_TH, None if dweight_H is None else dweight_H.to(weight_H.dtype), None, None
+        return dx_TH, None if dweight_H is None else dweight_H.to(weight_H.dtype), None, None, None
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-    """x [..., H] -> x * rsqrt(mean(x^2) + eps) * (offset + weight), in x's dtype. Differentiable once."""
-    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_H, eps, offset).view(x.shape)
+def rms_norm(
+    x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [..., H] -> x * rsqrt(mean(x^2) + eps) * (offset + weight), in `out_dtype` (x's, if not given).
+
+    Differentiable once.
+    """
+    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_H, eps, offset, out_dtype).view(x.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
