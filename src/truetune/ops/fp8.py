@@ -71,15 +71,9 @@ def _launch(x_TK: Tensor, x8_TK: Tensor, scale_T: Tensor, powers_of_two: bool) -
     block = min(4096, next_power_of_2(K))
     with torch.cuda.device_of(x_TK):
         _quantize_rows_kernel[(T,)](
-            x_TK,
-            x8_TK,
-            scale_T,
-            x_TK.stride(0),
-            K,
-            POWERS_OF_TWO=powers_of_two,
-            BLOCK=block,
-            num_warps=max(1, block // 256),
-        )
+            x_TK, x8_TK, scale_T, x_TK.stride(0), K,
+            POWERS_OF_TWO=powers_of_two, BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
