@@ -30,13 +30,13 @@ from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
 
 
-def assert_fused_equals_unfused(model, inputs, fused_layers_expected=SIZES["num_hidden_layers"], rounding=2e-5):
+def assert_fused_equals_unfused(model, inputs, fused_layers_expected=SIZES["num_hidden_layers"]):
     """Whatever the layers are just now: the same logits and gradients fused and not."""
     unfuse(model)
     plain = loss_and_gradients(model, inputs)
     report = fuse(model)
     assert sum(report.fused.values()) == fused_layers_expected
-    assert errors(loss_and_gradients(model, inputs), plain).max() < rounding
+    assert errors(loss_and_gradients(model, inputs), plain).max() < 2e-5
     return report
 
 
@@ -136,9 +136,14 @@ def test_other_adapters_on_4bit_weights_are_no_plain_4bit_weights(adapter, tmp_p
     keep_4bit_layout(model)
     use_varlen_attention(model)
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in packed_batch().items()}
-    # RandLora's gradients are small sums of large numbers: a final norm in fp64 moves those of Transformers by 2e-4.
-    rounding = 5e-4 if isinstance(adapter, RandLoraConfig) else 2e-5
-    report = assert_fused_equals_unfused(get_peft_model(model, adapter), batch, rounding=rounding)
+    adapted = get_peft_model(model, adapter)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if (
+                parameter.requires_grad
+            ):  # as RandLora draws them, a final norm in fp64 moves the class's gradients by 2e-4
+                parameter.mul_(0.3)
+    report = assert_fused_equals_unfused(adapted, batch)
     assert bool(report.left) == (type(adapter) is not LoraConfig)
 
 

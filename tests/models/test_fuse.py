@@ -134,8 +134,8 @@ def test_nearly_all_rows_are_not_taken_out():
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_fp8_layers_err_as_much_as_fp8_linears(model_type, recompute):
     """Fused, activations are rounded to FP8 as they are made; unfused, by each linear from bf16. A last place of bf16
-    can move an E4M3 number by a sixteenth, so both are held against the same weights in fp32. Much nearer than unfused
-    would mean that something is not rounded which should be."""
+    can move an E4M3 number by a sixteenth, so both are held against the same weights in fp32, and are no further from
+    each other than from these. Much nearer to them than unfused would mean that something is not rounded."""
     model = make(model_type).to(torch.bfloat16)
     replace_linears_with_fp8(model)
     model, exact = with_lora(model), with_lora(make(model_type))
@@ -151,7 +151,9 @@ def test_fp8_layers_err_as_much_as_fp8_linears(model_type, recompute):
     assert not report.left
     set_activations(fused_layers(model), ["recompute" if recompute else "keep"] * SIZES["num_hidden_layers"])
     ours = loss_and_gradients(model, inputs)
-    assert 1 / 1.5 < errors(ours, exact).mean() / errors(plain, exact).mean() < 1.5
+    rounding = errors(plain, exact).mean()
+    assert 1 / 1.25 < errors(ours, exact).mean() / rounding < 1.25
+    assert errors(ours, plain).mean() < 1.2 * rounding
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])

@@ -15,7 +15,7 @@ from truetune.models.families import NORMS, Family, class_path
 from truetune.ops.rms_norm import rms_norm
 
 
-def final_norms(holder: nn.Module, family: Family) -> list[nn.Module]:
+def _norms(holder: nn.Module, family: Family) -> list[nn.Module]:
     """The norm of the module that holds the decoder layers, and what PEFT trains in its place."""
     norm = getattr(holder, "norm", None)
     modules = () if norm is None else norm.modules()
@@ -23,17 +23,17 @@ def final_norms(holder: nn.Module, family: Family) -> list[nn.Module]:
 
 
 def why_not_final_norm(holder: nn.Module, family: Family) -> str | None:
-    """Why it is left as it is, or None."""
-    norms = final_norms(holder, family)
+    """Why the norm of this holder of decoder layers is left as it is, or None."""
+    norms = _norms(holder, family)
     if not norms:
-        return f"it is a {type(getattr(holder, 'norm', None)).__name__}"
+        return f"it is a {type(holder.norm).__name__}" if hasattr(holder, "norm") else "there is none"
     if any(is_replaced(norm, "forward") and not is_bound(norm, "forward", final_norm_forward) for norm in norms):
         return "its forward was replaced before"
     return None
 
 
 def fuse_final_norm(holder: nn.Module, family: Family) -> None:
-    for norm in final_norms(holder, family):
+    for norm in _norms(holder, family):
         bind(norm, "forward", final_norm_forward)
 
 

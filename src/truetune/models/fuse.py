@@ -100,8 +100,7 @@ def fuse(model: nn.Module) -> FusionReport:
         if sum(report.fused.values()) == len(layers):
             _let_last_layer_take_rows(holder, layers[-1], family)
         if reason := why_not_final_norm(holder, family):
-            if hasattr(holder, "norm"):
-                report.left[f"final norm: {reason}"] += 1
+            report.left[f"final norm: {reason}"] += 1
         else:
             fuse_final_norm(holder, family)
             report.final_norm = True

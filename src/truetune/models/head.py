@@ -93,8 +93,8 @@ def bind_fused_loss(model: Any) -> None:
         kwargs["use_cache"] = False
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        some = loss_rows is not None and 0 < len(loss_rows) <= MOST_ROWS * labels.numel()
-        if some and hasattr(self.base_model, TAKES_ROWS):
+        few_enough = loss_rows is not None and 0 < len(loss_rows) <= MOST_ROWS * labels.numel()
+        if few_enough and hasattr(self.base_model, TAKES_ROWS):
             kwargs["loss_rows"] = loss_rows
         with given_boundaries(self.config, kwargs):
             outputs = self.base_model(*args, **kwargs)
