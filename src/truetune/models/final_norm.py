@@ -1,7 +1,7 @@
 """The norm between the last decoder layer and the LM head, as one kernel.
 
-Transformers' own has copies of the residual stream in fp32 at once in its backward pass: with all else that stands
-before the last layer, 96 KiB a token of an 8B model, which for long documents was the peak of the whole step.
+Transformers' own has copies of the residual stream in fp32 at once in its backward pass, about 96 KiB a token of an 8B
+model with its input, which for long documents was the peak of the whole step.
 """
 
 from typing import Any
