@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 STEPS, WARM_UP, ROWS, LENGTH = 14, 5, 4, 4096
@@ -173,7 +174,8 @@ def step_settings(recipe: Recipe) -> dict:
 
 
 def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
-    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses."""
+    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses, and what
+    truetune reports to be in effect."""
     begun = time.perf_counter()
     if system == "unsloth":
         import unsloth  # noqa: F401  # before everything that it patches
@@ -225,16 +227,21 @@ def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
         raise RuntimeError(f"{system} accumulates gradients: a step is {ROWS} rows for everybody.")
     ready = time.perf_counter()
     trainer.train()
+    steps_ms = [round(1e3 * (end - begin), 1) for begin, end in pairwise(stamps[WARM_UP - 1 :])]
     seconds = stamps[-1] - stamps[WARM_UP - 1]
     result = {
         "system": system,
         "tokens_per_s": round(sum(tokens[WARM_UP:STEPS]) / seconds),
         "ms_per_step": round(1e3 * seconds / (STEPS - WARM_UP), 1),
+        "steps_ms": steps_ms,
         "peak_gib": round((torch.cuda.max_memory_allocated() + in_graphs[0]) / 2**30, 2),
         "ready_s": round(ready - begun, 1),
         "first_step_s": round(stamps[0] - ready, 1),
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
     }
+    if system == "truetune":
+        lines = trainer.report.lines
+        result["in_effect"] = {line.part: "; ".join(filter(None, (line.in_effect, line.why))) for line in lines}
     if system == "truetune" and os.environ.get("TRUETUNE_PROFILE"):
         result["profile"] = profile_step(trainer, os.environ["TRUETUNE_PROFILE"])
     return result

@@ -139,10 +139,8 @@ def test_other_adapters_on_4bit_weights_are_no_plain_4bit_weights(adapter, tmp_p
     adapted = get_peft_model(model, adapter)
     with torch.no_grad():
         for parameter in adapted.parameters():
-            if (
-                parameter.requires_grad
-            ):  # as RandLora draws them, a final norm in fp64 moves the class's gradients by 2e-4
-                parameter.mul_(0.3)
+            if parameter.requires_grad:
+                parameter.mul_(0.1)  # as RandLora draws them, a final norm in fp64 moves the class's gradients by 2e-4
     report = assert_fused_equals_unfused(adapted, batch)
     assert bool(report.left) == (type(adapter) is not LoraConfig)
 
