@@ -28,7 +28,7 @@ SPARE = 0.97  # of the device's memory: what the CUDA context and other librarie
 
 
 def train_one(system: str, directory: Path, length: int, gib: float | None, steps: int) -> dict:
-    """`steps` on documents of `length` tokens in this process: peak GiB, and seconds of the last step."""
+    """`steps` on documents of `length` tokens in this process: peak GiB, seconds of the last step, the plan."""
     if system == "unsloth":
         import unsloth  # noqa: F401  # before everything that it patches
     import torch
@@ -80,6 +80,7 @@ def train_one(system: str, directory: Path, length: int, gib: float | None, step
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         "device_gib": round(total / 2**30, 3),
         "seconds": round(stamps[-1] - stamps[-2], 2),
+        "plan": trainer.activations.in_words if system == "truetune" else None,
     }
 
 

@@ -174,8 +174,8 @@ def step_settings(recipe: Recipe) -> dict:
 
 
 def train_one(system: str, recipe: Recipe, directory: Path) -> dict:
-    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses, and what
-    truetune reports to be in effect."""
+    """Trains in this process: tokens/s, ms a step, peak GiB, seconds until ready and of the first step, losses, and
+    what truetune reports to be in effect."""
     begun = time.perf_counter()
     if system == "unsloth":
         import unsloth  # noqa: F401  # before everything that it patches

@@ -11,6 +11,7 @@ import torch
 from peft import AdaptionPromptConfig, IA3Config, LoraConfig, RandLoraConfig, RoadConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from models.small_models import (
@@ -23,7 +24,7 @@ from models.small_models import (
     padded_batch,
     with_lora,
 )
-from truetune.models.attention import use_varlen_attention
+from truetune.models.attention import ATTENTION_NAME, use_varlen_attention
 from truetune.models.families import FAMILIES
 from truetune.models.fuse import fuse, unfuse
 from truetune.models.load import keep_4bit_layout
@@ -158,6 +159,56 @@ def test_attention_that_is_replaced_after_fusing_is_called():
     fused = loss_and_gradients(model, inputs)
     unfuse(model)
     assert errors(fused, loss_and_gradients(model, inputs)).max() < 2e-5
+
+
+def summing_attention(module, query_BHSD, key_BGSD, value_BGSD, attention_mask, **_):
+    """Its gradients of queries and keys are one row, expanded over the tokens: they cannot be written to."""
+    heads = query_BHSD.shape[1] // key_BGSD.shape[1]
+    key_B1HD = key_BGSD.sum(2)[:, None].repeat_interleave(heads, 2)
+    value_BSHD = value_BGSD.repeat_interleave(heads, 1).transpose(1, 2)
+    return value_BSHD * 0.1 + query_BHSD.sum(2)[:, None] * 0.1 + key_B1HD * 0.1, None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_another_attention_keeps_its_gradients_and_may_give_views(model_type):
+    kept = []
+
+    def attention(module, query_BHSD, key_BGSD, *rest, **arguments):
+        kept.append(query_BHSD)
+        if query_BHSD.requires_grad:
+            query_BHSD.retain_grad()
+        return summing_attention(module, query_BHSD, key_BGSD, *rest, **arguments)
+
+    ALL_ATTENTION_FUNCTIONS.register("summing", attention)
+    model = make(model_type)
+    model.set_attn_implementation("summing")
+    inputs = {"input_ids": packed_batch()["input_ids"], "use_cache": False}
+    plain = loss_and_gradients(model, inputs)
+    gradients, kept[:] = [query.grad for query in kept], []
+    fuse(model)
+    assert errors(loss_and_gradients(model, inputs), plain).max() < 2e-5
+    assert len(kept) == len(gradients) == SIZES["num_hidden_layers"]
+    for query, expected in zip(kept, gradients, strict=True):
+        torch.testing.assert_close(query.grad, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_gradients_of_our_attention_are_rotated_where_they_lie(model_type, monkeypatch):
+    """One copy of them less at a layer's peak: 10 KiB a token of an 8B model."""
+    model = make(model_type)
+    use_varlen_attention(model)
+    fuse(model)
+    ours, seen = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME], []
+
+    def attention(module, query, key, *args, **kwargs):
+        for x in (query, key):
+            x.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
+        return ours(module, query, key, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, attention)
+    model(**packed_batch()).logits.sum().backward()
+    assert len(seen) == 2 * SIZES["num_hidden_layers"]
+    assert not any(torch.equal(gradient, before) for gradient, before in seen)
 
 
 def test_attention_weights_that_are_asked_for_are_given():

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from models.small_models import MODELS, SIZES, make, packed_batch, with_lora
+from truetune.models import attention
+from truetune.models.attention_backends import BACKENDS
 from truetune.models.errors import ModelError
 from truetune.models.fuse import fuse
 from truetune.models.memory import (
@@ -17,6 +19,7 @@ from truetune.models.memory import (
     CHOICES,
     ON_HOST,
     StepMemory,
+    layer_bytes,
     optimizer_bytes,
     saved_tensors,
 )
@@ -139,6 +142,20 @@ def test_8_bit_and_paged_states_are_counted_as_bitsandbytes_keeps_them():
     assert optimizer_bytes("adamw_8bit", [big]) == 2 * (2**20 + 4 * 2**12)
     assert optimizer_bytes("adamw_8bit", [small]) == 2 * 4 * 4000
     assert optimizer_bytes("paged_adamw_8bit", [big, small]) == 0
+
+
+def test_attention_that_expands_keys_needs_more_in_its_backward_pass(llama_8b, monkeypatch):
+    """FlashAttention-4 sums the gradients of 8 heads of keys and values in fp32, others make those of 32."""
+    layer, tokens = llama_8b.model.layers[0], llama_8b.tokens
+    expands, sums = (
+        layer_bytes(replace(layer, expands_keys=it_does), "lean", tokens, 2, 2).attention_backward
+        for it_does in (True, False)
+    )
+    assert expands - sums == 8192 * tokens
+    for backend in BACKENDS:
+        monkeypatch.setattr(attention, "choose_backend", lambda *_, it=backend: (it, ()))
+        (layer, *_) = read_model(make("llama"), torch.bfloat16).layers
+        assert layer.expands_keys is (backend.name != "FlashAttention-4")
 
 
 # -- the choice

@@ -234,6 +234,12 @@ def capturable(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     return ours and all(choose_backend(_needs(layer), model.device, dtype)[0].capturable for layer in layers)
 
 
+def expands_keys(layer: Any, dtype: torch.dtype) -> bool:
+    """Of an attention module's backend, on this machine's GPU if it has one; the module may have no weights yet."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return choose_backend(_needs(layer), device, dtype)[0].expands_keys
+
+
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
     """One of Transformers' attention implementations for the text tower. Raises `ValueError` where it cannot be had."""
     config = model.config.get_text_config()

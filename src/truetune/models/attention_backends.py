@@ -285,7 +285,8 @@ def attention_reference(q_BHSD, k_BGSD, v_BGSE, mask: torch.Tensor | None, score
 @dataclass(frozen=True)
 class Backend:
     """A kernel and what it can do. `majors`: the CUDA compute capabilities it runs on; none: any device. `capturable`:
-    it reads the documents on the device alone, as a CUDA graph must."""
+    it reads the documents on the device alone, as a CUDA graph must. `expands_keys`: its backward pass makes gradients
+    of keys and values for every query head before it adds them up, or nobody has looked."""
 
     name: str
     kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, Scores], torch.Tensor]
@@ -300,6 +301,7 @@ class Backend:
     dropout: bool = False
     equal_head_dims: bool = True
     capturable: bool = False
+    expands_keys: bool = True
 
     def attend(self, q_THD, k_TGD, v_TGE, documents: Documents, scores: Scores) -> torch.Tensor:
         """Causal attention within documents: [T, H, E]."""
@@ -373,6 +375,7 @@ BACKENDS = (  # best first
         majors=(9, 10),
         head_dims=range(64, 129, 32),
         capturable=True,
+        expands_keys=False,
     ),
     Backend(
         "FlashAttention-3",

@@ -93,7 +93,10 @@ def _once(ctx: Any) -> None:
 
 @dataclass(slots=True)
 class QkvProjection:
-    """From the residual stream to what attention takes. `rows_K`: only these get queries (the last layer)."""
+    """From the residual stream to what attention takes. `rows_K`: only these get queries (the last layer).
+
+    `owns_gradients`: nobody else reads the gradients of q and k, which are then rotated where they lie.
+    """
 
     norm: Norm | None
     linears: list[Linear]  # q, k, v; or one whose output holds them one after the other
@@ -103,6 +106,7 @@ class QkvProjection:
     k_norm: Norm | None
     norm_rows: bool  # q/k-norm over the whole row, not over a head
     dtype: torch.dtype
+    owns_gradients: bool = False
     rows_K: Tensor | None = None
 
     def __call__(self, x_TH: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None) -> tuple[Tensor, ...]:
@@ -225,7 +229,7 @@ def _rope_backward(block: QkvProjection, dq, dk, cos_TR, sin_TR, q, k):
     if norms:
         trained = any(norm is not None and norm.weight_H.requires_grad for norm in (block.q_norm, block.k_norm))
         norms |= {"q": q, "k": k, "needs_weight": trained}
-    return rope_backward(dq, dk, cos_TR, sin_TR, **norms)
+    return rope_backward(dq, dk, cos_TR, sin_TR, inplace=block.owns_gradients, **norms)
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from truetune.models.adapters import lora_linear_forward
+from truetune.models.attention import ATTENTION_NAME
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
 from truetune.models.bound import bind, is_bound, is_replaced
 from truetune.models.families import Family, class_path, family_of
@@ -366,6 +367,7 @@ def _attention_blocks(layer: Any, family: Family, dtype: torch.dtype) -> tuple[Q
         k_norm=_read_norm(attention, "k_norm" if family.qk_norm else None, family),
         norm_rows=family.qk_norm == "row",
         dtype=dtype,
+        owns_gradients=config._attn_implementation == ATTENTION_NAME,  # another may keep them, or views
     )
     multiplier = layer.residual_multiplier if family.residual_multiplier else 1.0
     out = ResidualProjection(

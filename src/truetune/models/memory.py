@@ -121,9 +121,11 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
         forward = max(hidden + stream + largest, stream + chunk + mlp_made)
         mlp_backward = 2 * stream + chunk + mlp_made
     q, kv = c * s.query * T, 2 * c * s.key * T
-    # FlashAttention-2: the gradient of q is summed in fp32, those of k and v are made for each query head.
-    flash = 2 * q + kv + FP32 * s.query * T + (2 * q if s.query != s.key else 0)
-    qkv = 2 * (q + kv) + 2 * hidden + stream + largest
+    # The gradient of q is summed in fp32; those of k and v too, or they are made for each query head.
+    of_keys = 0 if s.query == s.key else 2 * q if s.expands_keys else FP32 * 2 * s.key * T
+    flash = 2 * q + kv + FP32 * s.query * T + of_keys
+    copies = 1 + s.one_qkv + (s.qk_norm == "row")  # of the gradients, of which the last are joined or come out of norms
+    qkv = copies * (q + kv) + 2 * hidden + stream + largest
     again = 0
     if choice in CHECKPOINTED:  # then all that is saved of attention is there while the backward pass runs
         again = T * sum(saved.bytes_a_token for saved in saved_tensors(s, c, r, "recompute")) - stream

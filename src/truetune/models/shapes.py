@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from truetune.models.adapters import base_model
+from truetune.models.attention import expands_keys
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.final_norm import why_not_final_norm
 from truetune.models.fuse import decoder_layers, holder_of_layers
@@ -26,6 +27,7 @@ class LayerShape:
 
     `intermediate` is 0 where the MLP is not ours, and `other_mlp` then the items a token that it is taken to save.
     `made`: elements of the weights that are made dense, or cast, for each product: the largest, and all of the MLP's.
+    `expands_keys`: of its attention's backend.
     """
 
     hidden: int
@@ -42,6 +44,7 @@ class LayerShape:
     one_qkv: bool = False
     other_mlp: int = 0
     made: tuple[int, int] = (0, 0)
+    expands_keys: bool = True
     trained_mlp: bool = False  # then its recomputation takes all rows at once
     gradients: int = 0  # bytes
     linear_elements: int = 0
@@ -219,6 +222,7 @@ def _read_layer(layer: Any, family: Family | None, compute: torch.dtype, made: b
             max((x.elements for x in linears if x.made), default=0),
             sum(x.elements for x in mlp_linears if x.made and not x.trained),
         ),
+        expands_keys=expands_keys(attention, compute),
         trained_mlp=any(x.trained for x in mlp_linears),
         gradients=sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad),
         linear_elements=active,
