@@ -30,7 +30,7 @@ from truetune.ops.backend import (
 from truetune.ops.cross_entropy import Loss, Rows, accumulate_product
 
 _BLOCK_C, _BLOCK_S, _BLOCK_H, _NUM_WARPS, _NUM_STAGES = 128, 256, 64, 8, 4  # tiles of the product
-_SLAB_BYTES = 2**29  # of exponentials: large enough that a slab's three launches cost little
+_SLAB = 2**16  # columns at most: of 4,096 rows 2**29 bytes, large enough that a slab's three launches cost little
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
@@ -210,15 +210,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype, weight_VH: Tensor, bia
     return bias_V is None and loss.softcap is None and loss.label_smoothing == 0.0
 
 
-def slab_columns(rows: int, vocabulary: int) -> int:
-    """S: slabs of even size, of whole tiles."""
-    slabs = max(1, cdiv(2 * rows * vocabulary, _SLAB_BYTES))
+def slab_columns(vocabulary: int) -> int:
+    """S: slabs of even size, of whole tiles. Of few rows as of many: `_join_kernel` is compiled for their number."""
+    slabs = cdiv(vocabulary, _SLAB)
     return cdiv(cdiv(vocabulary, slabs), _BLOCK_S) * _BLOCK_S
 
 
 def chunk_bytes(rows: int, hidden: int, vocabulary: int) -> int:
     """What `frozen_head_chunk` takes for a while: exponentials, their sums, and a product in fp32."""
-    columns = slab_columns(rows, vocabulary)
+    columns = slab_columns(vocabulary)
     return rows * (2 * columns + 4 * 3 * (columns // _BLOCK_S) + 4 * hidden)
 
 
@@ -232,7 +232,7 @@ def frozen_head_chunk(hidden_CH: Tensor, weight_VH: Tensor, rows: Rows, loss: Lo
     (C, H), V = hidden_CH.shape, len(weight_VH)
     stats = rows.entropy.numel() > 0
     unit_log2 = loss.logit_scale / math.log(2)
-    S = slab_columns(C, V)
+    S = slab_columns(V)
     most_blocks = cdiv(S, _BLOCK_S)
     device = hidden_CH.device
     exp_CS = torch.empty((C, S), dtype=torch.bfloat16, device=device)
