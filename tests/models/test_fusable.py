@@ -170,42 +170,46 @@ def summing_attention(module, query_BHSD, key_BGSD, value_BGSD, attention_mask, 
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_another_attention_keeps_its_gradients_and_may_give_views(model_type):
-    kept = []
-
-    def attention(module, query_BHSD, key_BGSD, *rest, **arguments):
-        kept.append(query_BHSD)
-        if query_BHSD.requires_grad:
-            query_BHSD.retain_grad()
-        return summing_attention(module, query_BHSD, key_BGSD, *rest, **arguments)
-
-    ALL_ATTENTION_FUNCTIONS.register("summing", attention)
+def test_another_attention_may_give_gradients_that_are_views(model_type, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "summing", summing_attention)
     model = make(model_type)
     model.set_attn_implementation("summing")
     inputs = {"input_ids": packed_batch()["input_ids"], "use_cache": False}
     plain = loss_and_gradients(model, inputs)
-    gradients, kept[:] = [query.grad for query in kept], []
     fuse(model)
     assert errors(loss_and_gradients(model, inputs), plain).max() < 2e-5
-    assert len(kept) == len(gradients) == SIZES["num_hidden_layers"]
-    for query, expected in zip(kept, gradients, strict=True):
-        torch.testing.assert_close(query.grad, expected)
+
+
+def watch_gradients(monkeypatch, name: str, attention) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Under the attention's name one that keeps the gradients of queries and keys, and copies of them as they came."""
+    seen = []
+
+    def watched(module, query, key, *args, **kwargs):
+        for x in (query, key):
+            x.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
+        return attention(module, query, key, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, watched)
+    return seen
+
+
+def test_what_hooks_keep_of_another_attention_stays_as_it_was(monkeypatch):
+    model = make("llama")
+    seen = watch_gradients(monkeypatch, "watched", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("watched")
+    fuse(model)
+    model(input_ids=packed_batch()["input_ids"], use_cache=False).logits.sum().backward()
+    assert len(seen) == 2 * SIZES["num_hidden_layers"]
+    assert all(torch.equal(gradient, before) for gradient, before in seen)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_gradients_of_our_attention_are_rotated_where_they_lie(model_type, monkeypatch):
-    """One copy of them less at a layer's peak: 10 KiB a token of an 8B model."""
+    """One copy of them less while q, k and v go backward: 10 KiB a token of an 8B model."""
     model = make(model_type)
     use_varlen_attention(model)
     fuse(model)
-    ours, seen = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME], []
-
-    def attention(module, query, key, *args, **kwargs):
-        for x in (query, key):
-            x.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
-        return ours(module, query, key, *args, **kwargs)
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, attention)
+    seen = watch_gradients(monkeypatch, ATTENTION_NAME, ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME])
     model(**packed_batch()).logits.sum().backward()
     assert len(seen) == 2 * SIZES["num_hidden_layers"]
     assert not any(torch.equal(gradient, before) for gradient, before in seen)

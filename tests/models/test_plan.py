@@ -155,7 +155,21 @@ def test_attention_that_expands_keys_needs_more_in_its_backward_pass(llama_8b, m
     for backend in BACKENDS:
         monkeypatch.setattr(attention, "choose_backend", lambda *_, it=backend: (it, ()))
         (layer, *_) = read_model(make("llama"), torch.bfloat16).layers
-        assert layer.expands_keys is (backend.name != "FlashAttention-4")
+        assert layer.expands_keys is backend.expands_keys
+        assert read_model(make("llama"), torch.bfloat16, packed=False).layers[0].expands_keys
+
+
+@pytest.mark.parametrize(("model_type", "copies"), [("llama", 1), ("qwen3", 1), ("phi3", 2), ("olmo2", 2)])
+def test_gradients_of_q_k_and_v_are_counted_as_often_as_they_are_there(model_type, copies):
+    """Rotated where they lie in packs; joined where one projection made all three, or through norms of whole rows."""
+    tokens = 10**6
+    for packed in (True, False):
+        shape = replace(read_model(make(model_type), torch.float32, packed=packed).layers[0], query=0, ranks=(0,) * 4)
+        of_keys = [
+            layer_bytes(replace(shape, key=key), "keep", tokens, 4, 4).attention_backward // (8 * tokens)
+            for key in (0, 1)
+        ]
+        assert of_keys[1] - of_keys[0] == copies + (not packed)
 
 
 # -- the choice

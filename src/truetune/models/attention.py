@@ -170,6 +170,11 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask)
 
 
+def is_ours(config: PreTrainedConfig) -> bool:
+    """Whether a model's attention is `use_varlen_attention`'s; for packs, that is: padded batches go to sdpa."""
+    return config.get_text_config()._attn_implementation == ATTENTION_NAME
+
+
 @contextlib.contextmanager
 def given_boundaries(config: PreTrainedConfig, inputs: dict[str, Any]) -> Iterator[None]:
     """Inside, Transformers does not look for documents in the positions of a batch that has `cu_seq_lens_q`.
@@ -177,8 +182,7 @@ def given_boundaries(config: PreTrainedConfig, inputs: dict[str, Any]) -> Iterat
     It would make the host wait until the device has finished the step before, for a mask that our attention does not
     read. Does nothing for other batches and under other attention.
     """
-    ours = config.get_text_config()._attn_implementation == ATTENTION_NAME
-    if not ours or inputs.get("cu_seq_lens_q") is None:
+    if not is_ours(config) or inputs.get("cu_seq_lens_q") is None:
         yield
         return
     find = masking_utils.find_packed_sequence_indices

@@ -124,7 +124,8 @@ def layer_bytes(shape: LayerShape, choice: str, tokens: int, compute: int, resid
     # The gradient of q is summed in fp32; those of k and v too, or they are made for each query head.
     of_keys = 0 if s.query == s.key else 2 * q if s.expands_keys else FP32 * 2 * s.key * T
     flash = 2 * q + kv + FP32 * s.query * T + of_keys
-    copies = 1 + s.one_qkv + (s.qk_norm == "row")  # of the gradients, of which the last are joined or come out of norms
+    # The gradients of q, k and v, and what becomes of them: rotated, joined, or through norms of whole rows.
+    copies = 1 + (not s.owns_gradients) + s.one_qkv + (s.qk_norm == "row")
     qkv = copies * (q + kv) + 2 * hidden + stream + largest
     again = 0
     if choice in CHECKPOINTED:  # then all that is saved of attention is there while the backward pass runs

@@ -27,7 +27,7 @@ class LayerShape:
 
     `intermediate` is 0 where the MLP is not ours, and `other_mlp` then the items a token that it is taken to save.
     `made`: elements of the weights that are made dense, or cast, for each product: the largest, and all of the MLP's.
-    `expands_keys`: of its attention's backend.
+    `expands_keys`: of its attention's backend. `owns_gradients`: as in `QkvProjection`.
     """
 
     hidden: int
@@ -45,6 +45,7 @@ class LayerShape:
     other_mlp: int = 0
     made: tuple[int, int] = (0, 0)
     expands_keys: bool = True
+    owns_gradients: bool = False
     trained_mlp: bool = False  # then its recomputation takes all rows at once
     gradients: int = 0  # bytes
     linear_elements: int = 0
@@ -83,16 +84,19 @@ def why_not_planned(model: nn.Module) -> str | None:
     return None
 
 
-def read_model(model: Any, compute_dtype: torch.dtype, precision: str | None = None) -> ModelShape:
+def read_model(
+    model: Any, compute_dtype: torch.dtype, precision: str | None = None, *, packed: bool = True
+) -> ModelShape:
     """The shapes of a model whose every decoder layer is of a known family; on the meta device too.
 
-    `precision` "nf4" or "fp8" counts frozen linears as they will be, where the model at hand is dense.
+    `precision` "nf4" or "fp8" counts frozen linears as they will be, where the model at hand is dense. `packed`: its
+    batches are, and attention is ours.
     """
     base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     made = precision == "nf4"
     decoder = decoder_layers(model)
-    layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made) for layer in decoder)
+    layers = tuple(_read_layer(layer, family_of(layer), compute_dtype, made, packed) for layer in decoder)
     trained = [p for p in _unique(model) if p.requires_grad]
     embedding_weight, head_weight = (_plain(module).weight for module in (embedding, head))
     family, holder = family_of(decoder[-1]), holder_of_layers(model, decoder)
@@ -184,7 +188,7 @@ def _read_linear(module: Any, compute: torch.dtype, made: bool) -> _LinearShape:
     return _LinearShape(module.in_features * module.out_features, rank, made, bool(getattr(weight, "requires_grad", 0)))
 
 
-def _read_layer(layer: Any, family: Family | None, compute: torch.dtype, made: bool) -> LayerShape:
+def _read_layer(layer: Any, family: Family | None, compute: torch.dtype, made: bool, packed: bool) -> LayerShape:
     assert family is not None
     attention, mlp = layer.self_attn, layer.mlp
     config, head_dim = attention.config, attention.head_dim
@@ -222,7 +226,8 @@ def _read_layer(layer: Any, family: Family | None, compute: torch.dtype, made: b
             max((x.elements for x in linears if x.made), default=0),
             sum(x.elements for x in mlp_linears if x.made and not x.trained),
         ),
-        expands_keys=expands_keys(attention, compute),
+        expands_keys=not packed or expands_keys(attention, compute),
+        owns_gradients=packed,
         trained_mlp=any(x.trained for x in mlp_linears),
         gradients=sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad),
         linear_elements=active,

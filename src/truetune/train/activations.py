@@ -11,6 +11,7 @@ from torch import nn
 
 from truetune.host import host_bytes
 from truetune.models.adapters import base_model, embedding_rows
+from truetune.models.attention import is_ours
 from truetune.models.errors import ModelError
 from truetune.models.head import loss_in_slabs
 from truetune.models.memory import StepMemory, optimizer_bytes, optimizer_step_bytes
@@ -58,10 +59,11 @@ def compute_dtype(args: Any, model: nn.Module) -> torch.dtype:
 
 
 def step_memory(
-    model: Any, args: Any, tokens: int, compute: torch.dtype, *, precision: str | None = None, processes: int = 1
-) -> StepMemory:
+    model: Any, args: Any, tokens: int, compute: torch.dtype, *, precision: str | None = None, processes: int = 1,
+    packed: bool = True,
+) -> StepMemory:  # fmt: skip
     """The memory of `args`' step with this model, which may be on the meta device and not yet have its `precision`."""
-    shape = read_model(model, compute, precision)
+    shape = read_model(model, compute, precision, packed=packed)
     optimizer, trained = str(getattr(args.optim, "value", args.optim)), shape.trained
     step = optimizer_step_bytes(optimizer, trained)
     if getattr(args, "stochastic_rounding", False):  # averages in fp32, and fp32 copies of some weights at a time
@@ -97,7 +99,10 @@ class Activations:
         self.on_gpu = self.device.type == "cuda"
         compute = compute_dtype(trainer.args, trainer.model)
         processes = trainer.accelerator.num_processes
-        memory = step_memory(trainer.model, trainer.args, trainer.token_budget(), compute, processes=processes)
+        packed = trainer.unpads and is_ours(base_model(trainer.model).config)
+        memory = step_memory(
+            trainer.model, trainer.args, trainer.token_budget(), compute, processes=processes, packed=packed
+        )
         self.memory = replace(memory, full_logits=trainer.compute_loss_func is not None)
         self.room = self._room()
         self.rates = self._estimated_rates()
