@@ -14,10 +14,13 @@ from truetune.ops.swiglu import glu_backward, glu_forward
 HIDDEN, LAST = 4096, 64
 TOKENS = 2**31 // HIDDEN + LAST
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
-    reason="needs a GPU of 60 GiB",
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
+        reason="needs a CUDA device of 60 GiB",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from truetune.ops.backend import (
 from truetune.ops.cross_entropy import Loss, Rows, accumulate_product
 
 _BLOCK_C, _BLOCK_S, _BLOCK_H, _NUM_WARPS, _NUM_STAGES = 128, 256, 64, 8, 4  # tiles of the product
-_SLAB = 2**16  # columns at most: of 4,096 rows 2**29 bytes, large enough that a slab's three launches cost little
+_MOST_COLUMNS = 2**16  # of a slab: of 4,096 rows 2**29 bytes, large enough that a slab's three launches cost little
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernels
@@ -212,7 +212,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype, weight_VH: Tensor, bia
 
 def slab_columns(vocabulary: int) -> int:
     """S: slabs of even size, of whole tiles. Of few rows as of many: `_join_kernel` is compiled for their number."""
-    slabs = cdiv(vocabulary, _SLAB)
+    slabs = cdiv(vocabulary, _MOST_COLUMNS)
     return cdiv(cdiv(vocabulary, slabs), _BLOCK_S) * _BLOCK_S
 
 
