@@ -388,6 +388,12 @@ def test_chunks_of_logits_stay_small_and_feed_the_gemm(kernels, rows, vocab):
     assert not kernels or chunk >= min(rows, 1600)
 
 
+@pytest.mark.parametrize("rows", [1, 4915, 8191, 8192, 16351])
+def test_a_frozen_head_takes_full_chunks_and_what_is_left(rows):
+    chunk = head._chunk_rows(rows, 128256 * 2, True, in_slabs=True)
+    assert chunk == 4096 or (rows <= chunk < 4096 and chunk % 128 == 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnTheGpu:

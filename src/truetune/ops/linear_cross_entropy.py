@@ -38,11 +38,14 @@ def _chunk_rows(num_rows: int, bytes_per_row: int, kernels: bool, in_slabs: bool
 
     1.17 GiB is 4,096 rows of Qwen3's vocabulary: with a hidden size of 1,024 their gradient's product fills 128 of a
     Hopper GPU's 132 multiprocessors, and 104 with what 1 GiB would hold. Plain PyTorch makes several fp32 copies of a
-    chunk, so it gets a sixteenth of a GiB. In slabs of the vocabulary no number of rows is too large; 8,192 are no
-    faster than 4,096.
+    chunk, so it gets a sixteenth of a GiB. In slabs of the vocabulary no number of rows is too large: 4,096, and the
+    last chunk what is left, whose gradients' tiles fill the multiprocessors best (4,915 rows of Llama-3's head are 3%
+    faster than in two equal chunks, and 8,192 at once no faster than 4,096).
     """
+    if in_slabs:
+        return min(4096, -(-num_rows // 128) * 128)
     budget = 7 * 2**30 // 6 if kernels else 2**26
-    most = 4096 if in_slabs else max(128, min(4096, budget // bytes_per_row // 128 * 128))
+    most = max(128, min(4096, budget // bytes_per_row // 128 * 128))
     chunks = max(1, -(-num_rows // most))
     return -(-num_rows // chunks // 128) * 128
 
