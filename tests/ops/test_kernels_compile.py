@@ -69,7 +69,7 @@ def of_the_head() -> list[Kernel]:
         Kernel(*loss, loss_warps, tile | every),
         Kernel(*loss, loss_warps, tile | none),
         Kernel(*loss, loss_warps, tile | every | {"VECTOR": 4}, dtype="fp32"),
-        Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}),
+        *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False}, dtype=dtype) for dtype in (None, "fp32")),
         Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": False, "rows_ptr": None}),
         *(Kernel("rows", "_put_rows_kernel", 8, rows | {"ADD": add, "scale_ptr": None}) for add in (False, True)),
     ]
@@ -99,7 +99,7 @@ def of_a_frozen_head() -> list[Kernel]:
             for first in (False, True)
             for stats in (False, True)
         ),
-        Kernel("frozen_head", "_finish_kernel", 4, every, **common),
+        *(Kernel("frozen_head", "_finish_kernel", 4, every, dtype=dtype, **common) for dtype in (None, "fp32")),
     ]
 
 

@@ -270,14 +270,14 @@ def test_every_output_is_written_whatever_the_buffers_held(device, small_chunks)
 
 def test_gemms_meet_no_infinity_behind_a_row(device, monkeypatch, small_chunks):
     """oneDNN's bf16 GEMM on AMX reads up to 31 elements past a row's end and multiplies them by 0."""
-    memory, mm = [], torch.mm
+    memory, accumulate_product = [], head.accumulate_product
 
-    def mm_and_look(a, b, *, out):
-        if out.stride(0) == out.shape[1]:  # the gradient of the hidden states: a is that of the logits
+    def look(out, a, b, beta):
+        if a.stride(1) == 1:  # the gradient of the hidden states: a is that of the logits
             memory.append(a.as_strided((len(a), a.stride(0)), (a.stride(0), 1)).clone())
-        return mm(a, b, out=out)
+        accumulate_product(out, a, b, beta)
 
-    monkeypatch.setattr(torch, "mm", mm_and_look)
+    monkeypatch.setattr(head, "accumulate_product", look)
     hidden, weight, labels, _ = make(device, torch.bfloat16, V=1003)
     linear_cross_entropy(hidden, weight, labels).backward()
     assert [rows.shape[1] for rows in memory] == [1024] * len(memory)
@@ -386,6 +386,21 @@ def test_chunks_of_logits_stay_small_and_feed_the_gemm(kernels, rows, vocab):
     assert chunk % 128 == 0
     assert chunk * vocab * 2 <= (1.17 * 2**30 if kernels else max(2**26, 128 * vocab * 2))
     assert not kernels or chunk >= min(rows, 1600)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_hidden_states_gradient_is_rounded_once_whatever_it_is_divided_by(device, dtype, trained, small_chunks):
+    hidden, weight, labels, _ = make(device, dtype, N=11, H=256, V=64, keep=1.0, with_bias=False)
+    hidden = (hidden.detach() / 64).requires_grad_()  # all probabilities alike: what is rounded is the product
+    inputs = (hidden, weight.requires_grad_(trained), labels, None)
+    exact = 11 * run(reference, *in_fp64(inputs))[2][0]
+
+    def error_of_divided(items):
+        gradient = run(linear_cross_entropy, *inputs, return_stats=True, num_items=items)[2][0]
+        return error(items * gradient.double(), exact)
+
+    assert error_of_divided(11) < 1.1 * error_of_divided(1)
 
 
 @pytest.mark.parametrize("rows", [1, 4915, 8191, 8192, 16351])

@@ -69,8 +69,9 @@ def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[T
     (K,), (V, H) = rows_K.shape, weight_VH.shape
     shapes = [(K,), (K,), (K,), (K, H), (V, H), (V,)]
     asked = [True, stats, stats, *needs]
+    # Gradients too: they are still to be scaled, and rounded once.
     dtypes = [precise(dtype)] * 6
-    dtypes[2], dtypes[3] = torch.bool, dtype
+    dtypes[2] = torch.bool
     return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
 
 
@@ -117,7 +118,7 @@ def linear_cross_entropy_op(
             padded_logits[:, V:] = -torch.inf
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
-            torch.mm(logits_CV, weight_VH, out=d_hidden_KH[part])
+            accumulate_product(d_hidden_KH[part], logits_CV, weight_VH, beta=0)
         if needs_weight:
             accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
