@@ -75,6 +75,15 @@ def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[T
     return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
 
 
+def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, out_CH: Tensor) -> None:
+    """out = d_logits @ weight. On a CPU PyTorch rounds every product of half-precision numbers, and with a widened head
+    it would take ten times as long."""
+    if d_logits_CV.is_cuda:
+        accumulate_product(out_CH, d_logits_CV, weight_VH, beta=0)
+    else:
+        out_CH.copy_(d_logits_CV @ weight_VH)
+
+
 @torch.library.custom_op("truetune::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, rows_K: Tensor,
@@ -118,7 +127,7 @@ def linear_cross_entropy_op(
             padded_logits[:, V:] = -torch.inf
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
-            accumulate_product(d_hidden_KH[part], logits_CV, weight_VH, beta=0)
+            _through_head(logits_CV, weight_VH, d_hidden_KH[part])
         if needs_weight:
             accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
