@@ -194,7 +194,7 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 def gradient_scale(dtype: torch.dtype) -> float:
     """What logit gradients are stored multiplied by. They lie in [-1, 1], many below 1e-5, where fp16 has two digits
-    left. A power of two; products with the head's weights overflow only where those exceed 32."""
+    left. A power of two; on a CPU products with the head's weights overflow where those exceed 32."""
     return 1024.0 if dtype == torch.float16 else 1.0
 
 

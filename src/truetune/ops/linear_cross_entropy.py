@@ -34,7 +34,7 @@ from truetune.ops.rows import scale_rows
 
 
 def _chunk_rows(num_rows: int, bytes_per_row: int, kernels: bool, in_slabs: bool = False) -> int:
-    """Rows a chunk: enough to feed the GEMM, few enough that a chunk's logits stay small, of even size.
+    """Rows a chunk: enough to feed the GEMM, few enough that a chunk's logits stay small; even, but for slabs.
 
     1.17 GiB is 4,096 rows of Qwen3's vocabulary: with a hidden size of 1,024 their gradient's product fills 128 of a
     Hopper GPU's 132 multiprocessors, and 104 with what 1 GiB would hold. Plain PyTorch makes several fp32 copies of a
@@ -69,7 +69,7 @@ def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[T
     (K,), (V, H) = rows_K.shape, weight_VH.shape
     shapes = [(K,), (K,), (K,), (K, H), (V, H), (V,)]
     asked = [True, stats, stats, *needs]
-    # Gradients too: they are still to be scaled, and rounded once.
+    # Gradients too: they are still to be scaled, and rounded then.
     dtypes = [precise(dtype)] * 6
     dtypes[2] = torch.bool
     return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
@@ -77,11 +77,12 @@ def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[T
 
 def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, out_CH: Tensor) -> None:
     """out = d_logits @ weight. On a CPU PyTorch rounds every product of half-precision numbers, and with a widened head
-    it would take ten times as long."""
-    if d_logits_CV.is_cuda:
+    the loss would take two to four times as long."""
+    if d_logits_CV.is_cuda or d_logits_CV.dtype == out_CH.dtype:
         accumulate_product(out_CH, d_logits_CV, weight_VH, beta=0)
     else:
-        out_CH.copy_(d_logits_CV @ weight_VH)
+        product_CH = d_logits_CV.new_empty(out_CH.shape)
+        out_CH.copy_(torch.mm(d_logits_CV, weight_VH, out=product_CH))  # which autocast leaves as it is
 
 
 @torch.library.custom_op("truetune::linear_cross_entropy", mutates_args=())
