@@ -1,5 +1,6 @@
 """While it runs: a loss that is not finite stops with its batches, and what is strange is named."""
 
+import gc
 import itertools
 import json
 import mmap
@@ -96,6 +97,12 @@ def test_any_other_file_is_refused(tmp_path):
 JUDGED = WARM_UP + 2 * SAMPLE  # intervals after which throughput is judged
 
 
+def own_pages(mebibytes):
+    """Not from the heap, which would not grow where other tests freed as much."""
+    pages = mmap.mmap(-1, mebibytes * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+
+
 class Leak(TrainerCallback):
     """Keeps 6 MiB of each step."""
 
@@ -103,7 +110,7 @@ class Leak(TrainerCallback):
         self.kept = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.kept.append(torch.ones(6, 2**18))
+        self.kept.append(own_pages(6))
 
 
 class Clock(TrainerCallback):
@@ -127,6 +134,7 @@ def kinds(trainer):
 
 
 def test_a_leak_is_named_in_the_log_and_in_the_proof(make, tmp_path, caplog):
+    gc.collect()  # what other tests left is not to be freed meanwhile
     trainer = make(preflight="quick", max_steps=SETTLED + CLIMB + 4, callbacks=[Leak()])
     trainer.train()
     assert kinds(trainer).count("host memory grows") == 1
@@ -177,8 +185,7 @@ def test_memory_of_files_is_not_counted(tmp_path):
 
 
 class _Hoarding(torch.utils.data.Dataset):
-    """Keeps 4 MiB a row, in whichever process reads it: pages of their own, because a heap from which other tests freed
-    as much would not grow."""
+    """Keeps 4 MiB a row, in whichever process reads it."""
 
     def __init__(self):
         self.kept = []
@@ -187,8 +194,7 @@ class _Hoarding(torch.utils.data.Dataset):
         return 80
 
     def __getitem__(self, row):
-        pages = mmap.mmap(-1, 4 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.kept.append(torch.frombuffer(pages, dtype=torch.uint8).fill_(1))
+        self.kept.append(own_pages(4))
         return row
 
 
