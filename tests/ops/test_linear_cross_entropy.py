@@ -272,9 +272,9 @@ def test_gemms_meet_no_infinity_behind_a_row(device, monkeypatch, small_chunks):
     """oneDNN's bf16 GEMM on AMX reads up to 31 elements past a row's end and multiplies them by 0."""
     memory, through_head = [], head._through_head
 
-    def look(d_logits, weight, out):
+    def look(d_logits, *others):
         memory.append(d_logits.as_strided((len(d_logits), d_logits.stride(0)), (d_logits.stride(0), 1)).clone())
-        through_head(d_logits, weight, out)
+        through_head(d_logits, *others)
 
     monkeypatch.setattr(head, "_through_head", look)
     hidden, weight, labels, _ = make(device, torch.bfloat16, V=1003)
@@ -339,8 +339,9 @@ def test_op_is_registered_as_torch_library_wants_it(any_device, trained):
     hidden, weight, labels, bias = make(any_device, torch.bfloat16, V=70)
     weight.requires_grad_(trained)
     rows = (labels != -100).nonzero().squeeze(1)
+    items = torch.tensor(20.0, device=any_device)
     settings = (torch.bfloat16, 1.0, None, 0.0, False, True, True, trained, True)
-    torch.library.opcheck(head.linear_cross_entropy_op, (hidden, weight, bias, labels, rows, None, *settings))
+    torch.library.opcheck(head.linear_cross_entropy_op, (hidden, weight, bias, labels, rows, None, items, *settings))
 
 
 def test_compiles_without_a_graph_break(any_device):

@@ -239,8 +239,8 @@ class StepMemory:
         d_weight = FP32 * matrix if m.head_gradient else 0
         scaled = m.head_gradient * matrix if 0 < m.head_gradient < FP32 else 0  # fp32 ones are scaled in place
         return {
-            "forward": norm + stream + fp32 + logits + d_weight + cast,
-            "backward": norm + stream + fp32 + d_weight + scaled,
+            "forward": norm + stream + hidden + logits + d_weight + cast,
+            "backward": norm + stream + hidden + d_weight + scaled,
             "norm backward": norm + norm_backward + (scaled or d_weight),
             "gradients kept": scaled or d_weight,
         }

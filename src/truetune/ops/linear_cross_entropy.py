@@ -60,41 +60,50 @@ def chunk_bytes(num_rows: int, hidden: int, vocabulary: int, itemsize: int, in_s
     """What one chunk of the rows takes for a while, its results aside."""
     stride = _row_stride(vocabulary)
     chunk = min(num_rows, _chunk_rows(num_rows, stride * itemsize, kernels=True, in_slabs=in_slabs))
-    made = frozen_head.chunk_bytes(chunk, hidden, vocabulary) if in_slabs else chunk * stride * itemsize
+    made = frozen_head.chunk_bytes(chunk, hidden, vocabulary) if in_slabs else chunk * (stride * itemsize + 4 * hidden)
     return made + chunk * hidden * itemsize
 
 
-def _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs) -> tuple[Tensor, ...]:
+def _empty_results(hidden_NH, weight_VH, rows_K, divided, dtype, stats, needs) -> tuple[Tensor, ...]:
     """The kept rows' nll, entropy and top-1, then the gradients of hidden, weight and bias; empty if not asked for."""
     (K,), (V, H) = rows_K.shape, weight_VH.shape
     shapes = [(K,), (K,), (K,), (K, H), (V, H), (V,)]
     asked = [True, stats, stats, *needs]
-    # Gradients too: they are still to be scaled, and rounded then.
+    # Gradients too: they are still to be scaled, and rounded then. That of hidden in bf16 is divided already, which what
+    # comes in the backward pass seldom changes; fp16's gradients lie too near to 0.
     dtypes = [precise(dtype)] * 6
     dtypes[2] = torch.bool
+    if divided and hidden_NH.dtype == torch.bfloat16:
+        dtypes[3] = torch.bfloat16
     return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
 
 
-def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, out_CH: Tensor) -> None:
-    """out = d_logits @ weight. On a CPU PyTorch rounds every product of half-precision numbers, and with a widened head
-    the loss would take two to four times as long."""
-    if d_logits_CV.is_cuda or d_logits_CV.dtype == out_CH.dtype:
-        accumulate_product(out_CH, d_logits_CV, weight_VH, beta=0)
+def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, num_items: Tensor | None, out_CH: Tensor) -> None:
+    """out = d_logits @ weight / num_items. On a CPU PyTorch rounds every product of half-precision numbers, and with a
+    widened head the loss would take two to four times as long."""
+    dtype = precise(d_logits_CV.dtype) if d_logits_CV.is_cuda else d_logits_CV.dtype
+    product_CH = out_CH if out_CH.dtype == dtype else d_logits_CV.new_empty(out_CH.shape, dtype=dtype)
+    if d_logits_CV.is_cuda:
+        accumulate_product(product_CH, d_logits_CV, weight_VH, beta=0)
     else:
-        product_CH = d_logits_CV.new_empty(out_CH.shape)
-        out_CH.copy_(torch.mm(d_logits_CV, weight_VH, out=product_CH))  # which autocast leaves as it is
+        torch.mm(d_logits_CV, weight_VH, out=product_CH)  # which autocast leaves as it is
+    if num_items is not None:
+        torch.div(product_CH.to(num_items.dtype), num_items, out=out_CH)
+    elif product_CH is not out_CH:
+        out_CH.copy_(product_CH)
 
 
 @torch.library.custom_op("truetune::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, rows_K: Tensor,
-    row_weights_K: Tensor | None, dtype: torch.dtype, logit_scale: float, softcap: float | None, label_smoothing: float,
+    row_weights_K: Tensor | None, num_items: Tensor | None, dtype: torch.dtype, logit_scale: float, softcap: float | None, label_smoothing: float,
     dft: bool, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of the rows' losses, nll_K, entropy_K, is_top1_K, and the sum's gradients to hidden_NH[rows_K], weight_VH
-    and bias_V, still to be multiplied by logit_scale / gradient_scale(dtype)."""
+    """The sum of the rows' losses over num_items (0-d; None: 1), nll_K, entropy_K, is_top1_K, and the gradients to
+    hidden_NH[rows_K], weight_VH and bias_V, still to be multiplied by logit_scale / gradient_scale(dtype), and those of
+    weight and bias to be divided by num_items."""
     needs = (needs_hidden, needs_weight, needs_bias)
-    results = _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs)
+    results = _empty_results(hidden_NH, weight_VH, rows_K, num_items is not None, dtype, stats, needs)
     nll_K, entropy_K, is_top1_K, d_hidden_KH, d_weight_VH, d_bias_V = results
     loss = Loss(logit_scale, softcap, label_smoothing, dft)
     loss_K = torch.empty_like(nll_K)
@@ -120,7 +129,7 @@ def linear_cross_entropy_op(
         row_weights = None if row_weights_K is None else row_weights_K[part]
         rows = Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
         if in_slabs:
-            frozen_head.frozen_head_chunk(hidden_CH, weight_VH, rows, loss, d_hidden_KH[part])
+            frozen_head.frozen_head_chunk(hidden_CH, weight_VH, rows, loss, num_items, d_hidden_KH[part])
             continue
         logits_CV = padded_logits[: len(hidden_CH), :V]
         torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
@@ -128,18 +137,19 @@ def linear_cross_entropy_op(
             padded_logits[:, V:] = -torch.inf
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
-            _through_head(logits_CV, weight_VH, d_hidden_KH[part])
+            _through_head(logits_CV, weight_VH, num_items, d_hidden_KH[part])
         if needs_weight:
             accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
             d_bias_V += logits_CV.sum(0, dtype=d_bias_V.dtype)
-    return (loss_K.sum(), *results)  # type: ignore[return-value]
+    loss_sum = loss_K.sum()
+    return (loss_sum if num_items is None else loss_sum / num_items, *results)  # type: ignore[return-value]
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden_NH, weight_VH, bias_V, labels_N, rows_K, row_weights_K, dtype, logit_scale, softcap, label_smoothing, dft,
-      stats, *needs):  # fmt: skip
-    results = _empty_results(hidden_NH, weight_VH, rows_K, dtype, stats, needs)
+def _(hidden_NH, weight_VH, bias_V, labels_N, rows_K, row_weights_K, num_items, dtype, logit_scale, softcap,
+      label_smoothing, dft, stats, *needs):  # fmt: skip
+    results = _empty_results(hidden_NH, weight_VH, rows_K, num_items is not None, dtype, stats, needs)
     return (hidden_NH.new_empty((), dtype=precise(dtype)), *results)
 
 
@@ -150,8 +160,9 @@ def remember_inputs(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tens
 
 
 def finish_gradients(
-    ctx: Any, scale: Tensor, rows_K: Tensor, d_hidden_KH: Tensor, d_weight_VH: Tensor, d_bias_V: Tensor
-):
+    ctx: Any, scale: Tensor, num_items: Tensor | None, rows_K: Tensor, d_hidden_KH: Tensor, d_weight_VH: Tensor,
+    d_bias_V: Tensor,
+):  # fmt: skip
     """The gradients of hidden, weight and bias in the inputs' dtypes: scaled in fp32, rounded once."""
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph=True.")
@@ -161,6 +172,8 @@ def finish_gradients(
     scale = scale * ctx.factor
     if needs_hidden:
         d_hidden_NH = scale_rows(d_hidden_KH, scale, rows_K, ctx.num_rows, hidden_dtype)
+    if num_items is not None:
+        scale = scale / num_items
     if needs_weight and weight_dtype == d_weight_VH.dtype:
         d_weight = d_weight_VH.mul_(scale)  # in place: a second fp32 copy of a head of 128k x 4k is 2 GiB
     elif needs_weight:
@@ -171,16 +184,16 @@ def finish_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden_NH, weight_VH, bias_V, _, rows_K, _, dtype, logit_scale, *_ = inputs
+    hidden_NH, weight_VH, bias_V, _, rows_K, _, num_items, dtype, logit_scale, *_ = inputs
     remember_inputs(ctx, hidden_NH, weight_VH, bias_V, dtype, logit_scale)
-    ctx.save_for_backward(rows_K, *output[4:])
+    ctx.save_for_backward(num_items, rows_K, *output[4:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros of [V, H] for the outputs that have no gradient
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_):
     grads = [None] * 3 if grad_loss is None else finish_gradients(ctx, grad_loss, *ctx.saved_tensors)
-    return *grads, *[None] * 12
+    return *grads, *[None] * 13
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
@@ -238,13 +251,14 @@ def linear_cross_entropy(
         raise ValueError(f"num_items has shape {tuple(num_items.shape)}; give an int or a 0-d tensor.")
     *inputs, dtype = check_inputs(hidden, weight, bias, labels, rows, logit_scale, ignore_index)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss_sum, *stats, _, _, _ = linear_cross_entropy_op(
-        *inputs, None, dtype, logit_scale, softcap, label_smoothing, loss_type == "dft", return_stats, *needs
-    )
     if isinstance(num_items, Tensor):
-        loss = loss_sum / num_items.to(loss_sum.dtype).clamp(min=1)
+        num_items = num_items.to(hidden.device, precise(dtype)).clamp(min=1)
     else:
-        loss = loss_sum / max(1, inputs[-1].shape[0] if num_items is None else num_items)
+        count = max(1, inputs[-1].shape[0] if num_items is None else num_items)
+        num_items = torch.full((), count, dtype=precise(dtype), device=hidden.device)
+    loss, *stats, _, _, _ = linear_cross_entropy_op(
+        *inputs, None, num_items, dtype, logit_scale, softcap, label_smoothing, loss_type == "dft", return_stats, *needs
+    )
     return (loss, Stats(*stats)) if return_stats else loss
 
 

@@ -25,7 +25,7 @@ def _linear_log_probs_op(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, rows_K: Tensor, dtype: torch.dtype,
     logit_scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    inputs = (hidden_NH, weight_VH, bias_V, labels_N, rows_K, None, dtype, logit_scale, softcap)
+    inputs = (hidden_NH, weight_VH, bias_V, labels_N, rows_K, None, None, dtype, logit_scale, softcap)
     return -linear_cross_entropy_op(*inputs, 0.0, False, False, False, False, False)[1]
 
 
@@ -46,8 +46,8 @@ def _backward(ctx: Any, grad_K: Tensor):
     largest = grad_K.abs().amax().clamp(min=torch.finfo(grad_K.dtype).tiny) if len(grad_K) else grad_K.sum()
     *inputs, rows_K = ctx.saved_tensors
     settings = (*ctx.settings, 0.0, False, False, *ctx.needs_input_grad[:3])
-    results = linear_cross_entropy_op(*inputs, rows_K, -grad_K / largest, *settings)
-    return *finish_gradients(ctx, largest, rows_K, *results[4:]), *[None] * 5
+    results = linear_cross_entropy_op(*inputs, rows_K, -grad_K / largest, None, *settings)
+    return *finish_gradients(ctx, largest, None, rows_K, *results[4:]), *[None] * 5
 
 
 _linear_log_probs_op.register_autograd(_backward, setup_context=_setup_context)
