@@ -203,6 +203,20 @@ def of_linears() -> list[Kernel]:
             for rank, by_rank in ((0, False), (8, False), (16, True), (48, True), (64, False), (64, True), (256, True))
             for add in (False, True)
         ),
+        *(
+            Kernel(
+                "dense_sum",
+                "_dense_sum_kernel",
+                8,
+                dense_sum(products, rank, by_k, flat),
+                wide=False,
+                targets=range(90, 91),
+                num_stages=import_module("truetune.ops.dense_sum").num_stages(flat),
+            )
+            for products, flat in ((1, True), (1, False), (2, False), (3, False))
+            for rank in ((0, 32) if flat else (16, 256))
+            for by_k in (False, True)
+        ),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | plain_nf4 | {"NESTED": False}, wide=False),
     ]
@@ -234,15 +248,29 @@ def sum_of_products(products: int, rank: int, add: bool, by_rank: bool) -> dict[
     return tile | flags | dict.fromkeys(absent)
 
 
+def dense_sum(products: int, rank: int, by_k: bool, flat: bool) -> dict[str, Any]:
+    """The constants of the kernel of `dense_sum`, with an addend."""
+    module = import_module("truetune.ops.dense_sum")
+    tile = {f"BLOCK_{letter}": getattr(module, f"_BLOCK_{letter}") for letter in "TNK"}
+    tile["BLOCK_R"] = min(module._LARGEST_BLOCK_R, max(16, next_power_of_2(rank)))
+    absent = [f"{side}{i}_desc" for i in range(products, 3) for side in "ab"]
+    absent += ["x_desc", "adapter_desc"] * (rank == 0)
+    flags = {"PRODUCTS": products, "RANK": rank, "BY_K": by_k, "ADAPTER_BY_RANK": by_k, "HAS_ADD": True}
+    return tile | flags | {"GROUP": module._GROUP, "FLATTEN": flat} | dict.fromkeys(absent)
+
+
 def tile_type(name: str, constants: dict[str, Any]) -> str:
-    """The type of a `*_desc` of the kernels of `frozen_head` and `fp8_sum`."""
+    """The type of a `*_desc` of the kernels of `frozen_head`, `fp8_sum` and `dense_sum`."""
     if "BLOCK_S" in constants:
         C, S, H = (constants[f"BLOCK_{letter}"] for letter in "CSH")
         shape = {"hidden_desc": (C, H), "weight_desc": (S, H), "exp_desc": (C, S // 2)}[name]
         return f"tensordesc<bf16[{shape[0]},{shape[1]}]>"
     T, N, K, R = (constants[f"BLOCK_{letter}"] for letter in "TNKR")
     if name[0] in "ab" and name[1] in "012":
-        return f"tensordesc<fp8e4nv[{T if name[0] == 'a' else N},{K}]>"
+        dtype = "bf16" if "BY_K" in constants else "fp8e4nv"
+        b = (K, N) if constants.get("BY_K") else (N, K)
+        rows, columns = (T, K) if name[0] == "a" else b
+        return f"tensordesc<{dtype}[{rows},{columns}]>"
     adapter = (R, N) if constants["ADAPTER_BY_RANK"] else (N, R)
     rows, columns = {"x_desc": (T, R), "adapter_desc": adapter}.get(name, (T, N // 2))
     return f"tensordesc<bf16[{rows},{columns}]>"

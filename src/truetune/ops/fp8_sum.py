@@ -19,7 +19,6 @@ from truetune.ops.backend import (
     by_tma,
     cdiv,
     compute_capability,
-    next_power_of_2,
     num_multiprocessors,
     tl,
     triton,
@@ -27,16 +26,19 @@ from truetune.ops.backend import (
 )
 from truetune.ops.fp8 import Fp8Product, scaled_product
 from truetune.ops.low_rank import LowRank, low_rank_product
+from truetune.ops.tiles import adapter_fits, adapter_tiles, tiles_of
 
 _BLOCK_T, _BLOCK_N, _BLOCK_K, _NUM_WARPS, _NUM_STAGES = 128, 256, 128, 8, 3
 _LARGEST_BLOCK_R = 64  # with 3 stages, 224 of the 227 KiB of shared memory
-_GROUP = 16  # tiles of rows that go through the columns together, so that what is in the cache is used again
+_GROUP = 16
 _MAX_PRODUCTS = 3
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton kernel
 
 if triton is not None:
+    from truetune.ops.tiles import add_low_rank, add_product, place_of, store_sum
+
     _LEAST_RATIO = tl.constexpr(2.0**-40)
 
     @triton.jit
@@ -51,19 +53,13 @@ if triton is not None:
         return next_scale, scale / next_scale, tl.maximum(largest, next_scale)
 
     @triton.jit
-    def _add_product(out, a_desc, b_desc, t, n, K, BLOCK_K: tl.constexpr):
-        for k in range(0, K, BLOCK_K):
-            out = tl.dot(a_desc.load([t, k]), b_desc.load([n, k]).T, out)
-        return out
-
-    @triton.jit
     def _add_next_product(
         out, a_scale, b_scale, a_largest, b_largest, a_desc, b_desc, a_scale_ptr, b_scale_ptr, t, n, row, col, T, N, K,
         BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         a_scale, a_factor, a_largest = _in_units_of(a_scale_ptr, a_scale, a_largest, row, T)
         b_scale, b_factor, b_largest = _in_units_of(b_scale_ptr, b_scale, b_largest, col, N)
-        out = _add_product(out * (a_factor[:, None] * b_factor[None, :]), a_desc, b_desc, t, n, K, BLOCK_K)
+        out = add_product(out * (a_factor[:, None] * b_factor[None, :]), a_desc, b_desc, t, n, K, False, BLOCK_K)
         return out, a_scale, b_scale, a_largest, b_largest
 
     @triton.jit(do_not_specialize=["T", "programs"])
@@ -77,13 +73,11 @@ if triton is not None:
     ):  # fmt: skip
         blocks_t, blocks_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, programs, flatten=FLATTEN):
-            group, place = tile // (GROUP * blocks_n), tile % (GROUP * blocks_n)
-            height = min(blocks_t - group * GROUP, GROUP)
-            t, n = (group * GROUP + place % height) * BLOCK_T, place // height * BLOCK_N
+            t, n = place_of(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
             row, col = t + tl.arange(0, BLOCK_T), n + tl.arange(0, BLOCK_N)
 
             out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-            out = _add_product(out, a0_desc, b0_desc, t, n, K0, BLOCK_K)
+            out = add_product(out, a0_desc, b0_desc, t, n, K0, False, BLOCK_K)
             a_scale = tl.load(a0_scale_ptr + row, mask=row < T, other=1.0)
             b_scale = tl.load(b0_scale_ptr + col, mask=col < N, other=1.0)
             a_largest, b_largest = a_scale, b_scale
@@ -99,20 +93,8 @@ if triton is not None:
                 )  # fmt: skip
             out = out * a_scale[:, None] * b_scale[None, :]  # not by their product, which may be below fp32's numbers
 
-            for start in tl.static_range(0, RANK, BLOCK_R):
-                if ADAPTER_BY_RANK:
-                    adapter = adapter_desc.load([start, n])
-                else:
-                    adapter = adapter_desc.load([n, start]).T
-                out = tl.dot(x_desc.load([t, start]), adapter, out)
-            # In two halves, which need half of the shared memory.
-            left, right = out.reshape(BLOCK_T, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            if HAS_ADD:
-                left += add_desc.load([t, n]).to(tl.float32)
-            out_desc.store([t, n], left.to(tl.bfloat16))
-            if HAS_ADD:
-                right += add_desc.load([t, n + BLOCK_N // 2]).to(tl.float32)
-            out_desc.store([t, n + BLOCK_N // 2], right.to(tl.bfloat16))
+            out = add_low_rank(out, x_desc, adapter_desc, t, n, RANK, ADAPTER_BY_RANK, BLOCK_R)
+            store_sum(out, add_desc, out_desc, t, n, HAS_ADD, BLOCK_T, BLOCK_N)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,45 +111,31 @@ def _fits_kernel(
         return False
     if add_TN is not None and (add_TN.dtype != dtype or not by_tma(add_TN)):
         return False
-    # b is copied where it must be; a row of it is as long as the rank.
-    return low_rank is None or (low_rank[1].shape[1] % 8 == 0 and by_tma(low_rank[0]))
+    return adapter_fits(low_rank)
 
 
 def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Tensor | None, out_TN: Tensor) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, list(block))
-
     T, N = out_TN.shape
     operands: list[Any] = []
     for a8_TK, scale_T, b8_NK, scale_1N in products:
-        operands += [tiles(a8_TK, _BLOCK_T, _BLOCK_K), tiles(b8_NK, _BLOCK_N, _BLOCK_K), scale_T, scale_1N]
+        operands += [tiles_of(a8_TK, _BLOCK_T, _BLOCK_K), tiles_of(b8_NK, _BLOCK_N, _BLOCK_K), scale_T, scale_1N]
     widths = [product.a8_TK.shape[1] for product in products]
     missing = _MAX_PRODUCTS - len(products)
-    rank, block_r, by_rank, x_desc, adapter_desc = 0, 16, False, None, None
-    if low_rank is not None:
-        x_TR, b_NR = low_rank
-        rank, by_rank = b_NR.shape[1], b_NR.stride(1) != 1
-        block_r = min(_LARGEST_BLOCK_R, max(16, next_power_of_2(rank)))
-        x_desc = tiles(x_TR, _BLOCK_T, block_r)
-        adapter = b_NR.to(x_TR.dtype)
-        adapter = adapter.t() if by_rank else adapter
-        if not by_tma(adapter):
-            adapter = adapter.clone(memory_format=torch.contiguous_format)
-        adapter_desc = tiles(adapter, *((block_r, _BLOCK_N) if by_rank else (_BLOCK_N, block_r)))
+    x_desc, adapter_desc, adapter = adapter_tiles(low_rank, _BLOCK_T, _BLOCK_N, _LARGEST_BLOCK_R)
     num_tiles = cdiv(T, _BLOCK_T) * cdiv(N, _BLOCK_N)
     programs = min(num_tiles, num_multiprocessors(out_TN.device))
     with torch.cuda.device_of(out_TN):
         _fp8_sum_kernel[(programs,)](
             *operands, *[None] * 4 * missing,
             x_desc, adapter_desc,
-            None if add_TN is None else tiles(add_TN, _BLOCK_T, _BLOCK_N // 2), tiles(out_TN, _BLOCK_T, _BLOCK_N // 2),
+            None if add_TN is None else tiles_of(add_TN, _BLOCK_T, _BLOCK_N // 2),
+            tiles_of(out_TN, _BLOCK_T, _BLOCK_N // 2),
             T, N, *widths, *[0] * missing, programs,
-            PRODUCTS=len(products), RANK=rank, ADAPTER_BY_RANK=by_rank, HAS_ADD=add_TN is not None,
-            BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=block_r, GROUP=_GROUP,
+            PRODUCTS=len(products), HAS_ADD=add_TN is not None,
+            BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP=_GROUP,
             # A tile's first loads do not wait for the tile before it; only one loop inside can be flattened.
-            FLATTEN=len(products) == 1 and rank <= block_r,
+            FLATTEN=len(products) == 1 and adapter["RANK"] <= adapter["BLOCK_R"],
+            **adapter,
             num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
         )  # fmt: skip
 

@@ -69,8 +69,8 @@ def _empty_results(hidden_NH, weight_VH, rows_K, divided, dtype, stats, needs) -
     (K,), (V, H) = rows_K.shape, weight_VH.shape
     shapes = [(K,), (K,), (K,), (K, H), (V, H), (V,)]
     asked = [True, stats, stats, *needs]
-    # Gradients too: they are still to be scaled, and rounded then. That of hidden in bf16 is divided already, which what
-    # comes in the backward pass seldom changes; fp16's gradients lie too near to 0.
+    # Gradients too: they are still to be scaled, and rounded then. That of hidden in bf16 is divided already, and what
+    # the backward pass multiplies it by is seldom other than 1; fp16's gradients lie too near to 0.
     dtypes = [precise(dtype)] * 6
     dtypes[2] = torch.bool
     if divided and hidden_NH.dtype == torch.bfloat16:
@@ -96,8 +96,9 @@ def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, num_items: Tensor | No
 @torch.library.custom_op("truetune::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, rows_K: Tensor,
-    row_weights_K: Tensor | None, num_items: Tensor | None, dtype: torch.dtype, logit_scale: float, softcap: float | None, label_smoothing: float,
-    dft: bool, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    row_weights_K: Tensor | None, num_items: Tensor | None, dtype: torch.dtype, logit_scale: float,
+    softcap: float | None, label_smoothing: float, dft: bool, stats: bool, needs_hidden: bool, needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of the rows' losses over num_items (0-d; None: 1), nll_K, entropy_K, is_top1_K, and the gradients to
     hidden_NH[rows_K], weight_VH and bias_V, still to be multiplied by logit_scale / gradient_scale(dtype), and those of

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from truetune.ops.dense_sum import dense_sum, sums_in_one_launch
 from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Product, Fp8Weight, quantize_rows
 from truetune.ops.fp8_sum import fp8_sum
@@ -92,6 +93,8 @@ class DenseWeight(NamedTuple):
 
     def times(self, x_TK, quantized=None, low_rank: LowRank | None = None, residual_TN=None) -> Tensor:
         weight_KN = self.weight_NK.detach().to(x_TK.dtype).t()
+        if sums_in_one_launch([(x_TK, weight_KN)], low_rank, residual_TN):
+            return dense_sum([(x_TK, weight_KN)], low_rank=low_rank, add_TN=residual_TN)
         if low_rank is None:
             return _add_product(None if residual_TN is None else residual_TN.clone(), x_TK, weight_KN)
         if residual_TN is not None:
@@ -359,6 +362,11 @@ def linears_backward_input(
             else:
                 low_rank = (adapters.dxa_TS, a_SK.t())
         return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), adapters
+    if all(isinstance(linear.weight, DenseWeight) for linear in linears) and not _drops_out(linears):
+        dense = [(dy, linear.weight.weight_NK.detach()) for dy, linear in zip(dys, linears, strict=True)]
+        low_rank = None if adapters is None or a_SK is None else (adapters.dxa_TS, a_SK.t())
+        if sums_in_one_launch(dense, low_rank, None):
+            return dense_sum(dense, low_rank=low_rank), adapters
     dx_TK = None if adapters is None or a_SK is None else _gradient_through_a(adapters.dxa_TS, linears, a_SK)
     for dy_TN, linear in zip(dys, linears, strict=True):
         dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
