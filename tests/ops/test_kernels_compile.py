@@ -166,6 +166,8 @@ def of_linears() -> list[Kernel]:
     module = import_module("truetune.ops.low_rank")
     low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
     d_low_rank = {"BLOCK_T": module._BACKWARD_T, "BLOCK_N": module._BACKWARD_N}
+    project = {"BLOCK_T": module._PROJECT_T, "BLOCK_K": module._PROJECT_K}
+    outer = {"BLOCK_T": module.outer_rows(2), "BLOCK_K": module._OUTER_K}
     nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
     plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
@@ -190,6 +192,15 @@ def of_linears() -> list[Kernel]:
             for rank in (8, 16, 32)
         ),
         Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
+        *(
+            Kernel("low_rank", name, 4, tile | {"RANKS": ranks, "BLOCK_R": ranks, **absent}, wide=False)
+            for ranks in (16, 64)
+            for name, tile, absent in (
+                ("_project_kernel", project, {}),
+                ("_outer_kernel", outer, {"BY_RANK": False, "rstd_ptr": None, "weight_ptr": None}),
+                ("_outer_kernel", outer, {"BY_RANK": True}),
+            )
+        ),
         *(
             Kernel(
                 "fp8_sum",

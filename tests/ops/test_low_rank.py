@@ -5,7 +5,8 @@ import torch
 
 from truetune.ops import low_rank
 from truetune.ops.backend import use_kernels
-from truetune.ops.low_rank import low_rank_backward, low_rank_product
+from truetune.ops.low_rank import NormedRows, low_rank_backward, low_rank_product, outer, project
+from truetune.ops.rms_norm import rms_norm_forward
 
 
 def error(value, exact):
@@ -70,3 +71,48 @@ def test_no_rows_have_no_gradient(device):
     dy, x = torch.ones(0, 64, device=device).bfloat16(), torch.ones(0, 8, device=device).bfloat16()
     dx, db = low_rank_backward(dy, torch.ones(64, 8, device=device), x)
     assert dx.shape == (0, 8) and (db == 0).all()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Which of the two products a kernel has made, by programs for as many rows as on a small GPU."""
+    made, small = [], low_rank._is_small
+    monkeypatch.setattr(low_rank, "num_multiprocessors", lambda _: 7)
+    monkeypatch.setattr(low_rank, "_is_small", lambda x, ranks: made.append(small(x, ranks)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("ranks", [1, 16, 48, 64, 65])
+@pytest.mark.parametrize(("rows", "width"), [(1, 96), (130, 200)])
+def test_product_with_a_few_ranks_is_that_of_fp64_rounded_once(device, rows, width, ranks, kernels, empty_is_nan):
+    x = torch.randn(rows, width + 40, device=device).bfloat16()[:, 8 : width + 8]
+    for a in (torch.randn(ranks, width, device=device).bfloat16(), torch.randn(width, ranks, device=device).t()):
+        out, exact = project(x, a), x.double() @ a.bfloat16().double().t()
+        assert kernels.pop() is (ranks <= 64 and use_kernels(x))
+        assert out.dtype == x.dtype and error(out, exact) < 2**-8
+        if ranks <= 64 and use_kernels(x):
+            assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 16, 48, 64, 65])
+@pytest.mark.parametrize(("rows", "width"), [(1, 96), (300, 200)])
+@pytest.mark.parametrize("stream", [None, torch.bfloat16, torch.float32], ids=str)
+def test_outer_product_sums_over_rows_in_fp32(device, rows, width, ranks, stream, kernels, empty_is_nan):
+    """Of rows as they are, or of a stream that is normed first."""
+    d = torch.randn(rows, ranks + 7, device=device).bfloat16()[:, 7:]
+    x = torch.randn(rows, width, device=device).to(stream or torch.bfloat16)
+    given, expected = x, x
+    if stream is not None:
+        weight = torch.randn(width, device=device)
+        done = rms_norm_forward(x, weight, 1e-6, offset=1.0, out_dtype=torch.bfloat16)
+        given, expected = NormedRows(x, done.rstd_T, weight, 1.0, lambda: done.y), done.y
+    exact = d.double().t() @ expected.double()
+    for out in (outer(d, given), outer(d, given, by_rank=False).t()):
+        assert kernels.pop() is (ranks <= 64 and use_kernels(d))
+        assert out.dtype == torch.float32 and error(out, exact) < (1e-5 if stream is None else 1e-4)
+
+
+def test_outer_product_is_the_same_twice_to_the_bit_and_of_no_rows_zero(device):
+    d, x = torch.randn(300, 16, device=device).bfloat16(), torch.randn(300, 200, device=device).bfloat16()
+    assert torch.equal(outer(d, x), outer(d, x))
+    assert (outer(d[:0], x[:0]) == 0).all() and project(x[:0], x[:3]).shape == (0, 3)

@@ -30,6 +30,7 @@ from truetune.ops.lora import (
     linears_forward,
     products_with_adapters,
 )
+from truetune.ops.low_rank import NormedRows
 from truetune.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from truetune.ops.rope import rope_backward, rope_forward
 from truetune.ops.rows import add_rows_, put_rows
@@ -151,9 +152,9 @@ class _ProjectQkv(torch.autograd.Function):
         if block.norm_rows and block.q_norm is not None and block.k_norm is not None:
             dq_TN, d_qn = block.q_norm.backward(dq_TN, q, q_rstd)
             dk_TN, d_kn = block.k_norm.backward(dk_TN, k, k_rstd)
-        h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
+        h = _normed_again(block.norm, x_TH, rstd_T, block.dtype)
         needs_input = ctx.needs_input_grad[0] or (block.norm is not None and block.norm.weight_H.requires_grad)
-        dh_TH, gradients = _qkv_backward(block, (dq_TN, dk_TN, dv_TN), h_TH, xas, needs_input)
+        dh_TH, gradients = _qkv_backward(block, (dq_TN, dk_TN, dv_TN), h, xas, needs_input)
         dx_TH, d_norm = _norm_backward(block.norm, dh_TH, x_TH, rstd_T, dresidual_TH)
         return dx_TH, None, None, None, d_norm, d_qn, d_kn, *gradients
 
@@ -165,6 +166,14 @@ def _normed(
     if norm is None:
         return x_TH.to(dtype), None, None
     return norm.forward(x_TH, dtype, quantize=any(linear.weight.fp8 for linear in linears))
+
+
+def _normed_again(norm: Norm | None, x_TH: Tensor, rstd_T: Tensor | None, dtype: torch.dtype) -> Tensor | NormedRows:
+    """For the backward pass, where most adapters need no tensor of it."""
+    if norm is None or rstd_T is None:
+        return x_TH.to(dtype)
+    weight_H = norm.weight_H.detach()
+    return NormedRows(x_TH, rstd_T, weight_H, norm.offset, lambda: norm.forward(x_TH, dtype)[0])
 
 
 def _norm_backward(norm, dh_TH, x_TH, rstd_T, dresidual_TH) -> tuple[Tensor | None, Tensor | None]:
@@ -191,20 +200,20 @@ def _qkv_forward(
     return put_rows(q_KN, block.rows_K, len(h_TH)), k_TN, v_TN, (kv_xa, q_xa)
 
 
-def _qkv_backward(block: QkvProjection, dys, h_TH, xas, needs_input: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+def _qkv_backward(block: QkvProjection, dys, h, xas, needs_input: bool) -> tuple[Tensor | None, list[Tensor | None]]:
     if len(block.linears) == 1:
         dys = (torch.cat(dys, 1),)
     if block.rows_K is None or len(block.linears) == 1:
         dh_TH, adapters = linears_backward_input(dys, xas[0], block.linears, needs_input=needs_input)
-        return dh_TH, linears_backward_parameters(dys, h_TH, xas[0], adapters, block.linears)
+        return dh_TH, linears_backward_parameters(dys, h, xas[0], adapters, block.linears)
     q, kv, kv_dys, q_dys = block.linears[:1], block.linears[1:], dys[1:], (dys[0].index_select(0, block.rows_K),)
     dh_KH, q_adapters = linears_backward_input(q_dys, xas[1], q, needs_input=needs_input)
-    q_gradients = linears_backward_parameters(q_dys, h_TH.index_select(0, block.rows_K), xas[1], q_adapters, q)
+    q_gradients = linears_backward_parameters(q_dys, _take_normed(h, block.rows_K), xas[1], q_adapters, q)
     del q_dys  # before there is a gradient of all rows
     dh_TH, kv_adapters = linears_backward_input(kv_dys, xas[0], kv, needs_input=needs_input)
     if dh_TH is not None and dh_KH is not None:
         add_rows_(dh_TH, dh_KH, block.rows_K)
-    return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h_TH, xas[0], kv_adapters, kv)
+    return dh_TH, q_gradients + linears_backward_parameters(kv_dys, h, xas[0], kv_adapters, kv)
 
 
 def _head_norms(block: QkvProjection) -> dict[str, Any]:
@@ -308,6 +317,13 @@ def _take(x_TH: Tensor, rows_K: Tensor | None) -> Tensor:
     return x_TH if rows_K is None else x_TH.index_select(0, rows_K)
 
 
+def _take_normed(h: Tensor | NormedRows, rows_K: Tensor) -> Tensor | NormedRows:
+    if isinstance(h, Tensor):
+        return h.index_select(0, rows_K)
+    x_KH, rstd_K = h.x_TK.index_select(0, rows_K), h.rstd_T.index_select(0, rows_K)
+    return NormedRows(x_KH, rstd_K, h.weight_K, h.offset, lambda: h.make().index_select(0, rows_K))
+
+
 # -- MLP ---------------------------------------------------------------------------------------------------------------
 
 
@@ -391,13 +407,13 @@ def _mlp_backward(
         down_xa = products_with_adapters(act_TI, (block.down,))
     down_gradients = linears_backward_parameters((dy_TH,), act_TI, down_xa, down_adapters, (block.down,))
     del grads, act_TI, dact_TI
-    h_TH, _, _ = _normed(block.norm, x_TH, block.dtype)
+    h = _normed_again(block.norm, x_TH, rstd_T, block.dtype)
     needs_input = needs_input or (block.norm is not None and block.norm.weight_H.requires_grad)
     dh_TH, adapters = linears_backward_input(
         gate_up, xa_TS, block.gate_up, needs_input=needs_input, quantized=quantized
     )
     del quantized
-    gradients = linears_backward_parameters(gate_up, h_TH, xa_TS, adapters, block.gate_up)
+    gradients = linears_backward_parameters(gate_up, h, xa_TS, adapters, block.gate_up)
     dx_TH, d_norm = _norm_backward(block.norm, dh_TH, x_TH, rstd_T, dout_TH)
     return dx_TH, [d_norm, d_post, *gradients, *down_gradients]
 

@@ -20,7 +20,7 @@ from truetune.ops.tiles import adapter_fits, adapter_tiles, tiles_of
 _BLOCK_T, _BLOCK_N, _BLOCK_K, _NUM_WARPS, _GROUP = 128, 256, 64, 8, 8
 _LARGEST_BLOCK_R = 32
 _MAX_PRODUCTS = 3
-_LEAST_FLOPS = 5e10  # below, the launch costs the host more than the sum saves the device
+_LEAST_FLOPS = 3e10  # below, the launch costs the host more than the sum saves the device
 _LONGEST_FLAT = 3072  # up to this K a tile's first loads should not wait for the tile before it
 
 Product = tuple[Tensor, Tensor]  # x_TK and b_KN, for x @ b

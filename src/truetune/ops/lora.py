@@ -21,7 +21,15 @@ from truetune.ops.dense_sum import dense_sum, sums_in_one_launch
 from truetune.ops.dropout import seeded_dropout
 from truetune.ops.fp8 import Fp8Product, Fp8Weight, quantize_rows
 from truetune.ops.fp8_sum import fp8_sum
-from truetune.ops.low_rank import LowRank, low_rank_backward, low_rank_product, matmul_fp32
+from truetune.ops.low_rank import (
+    LowRank,
+    NormedRows,
+    low_rank_backward,
+    low_rank_product,
+    matmul_fp32,
+    outer,
+    project,
+)
 from truetune.ops.nf4 import dequantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def _drops_out(linears: Sequence[Linear]) -> bool:
 def _products_with_a(x_TK: Tensor, linears: Sequence[Linear], a_SK: Tensor) -> Tensor:
     """x @ A.T [T, S]; with dropout, which is another for each adapter, one after the other."""
     if not _drops_out(linears):
-        return x_TK @ a_SK.t()
+        return project(x_TK, a_SK)
     return torch.cat([linear.dropped_out(x_TK) @ a_SK[ranks].t() for linear, ranks in _adapted(linears)], 1)
 
 
@@ -266,10 +274,11 @@ def _gradient_through_a(dxa_TS: Tensor, linears: Sequence[Linear], a_SK: Tensor)
     return total
 
 
-def _gradients_of_a(dxa_TS: Tensor, x_TK: Tensor, linears: Sequence[Linear]) -> Tensor:
+def _gradients_of_a(dxa_TS: Tensor, x: Tensor | NormedRows, linears: Sequence[Linear]) -> Tensor:
     """[S, K] in fp32, not yet times the scaling."""
     if not _drops_out(linears):
-        return matmul_fp32(dxa_TS.t(), x_TK)
+        return outer(dxa_TS, x)
+    x_TK = x.make() if isinstance(x, NormedRows) else x
     parts = [matmul_fp32(dxa_TS[:, ranks].t(), linear.dropped_out(x_TK)) for linear, ranks in _adapted(linears)]
     return torch.cat(parts)
 
@@ -322,7 +331,7 @@ def _through_b(dys: Sequence[Tensor], xa_TS: Tensor | None, linears: Sequence[Li
         d_b = None
         if linear.b_NR is not None:
             if xa_TS is None:
-                dxa_TR = dy_TN @ linear.b_NR.detach().to(dy_TN.dtype)
+                dxa_TR = project(dy_TN, linear.b_NR.detach().t())
             else:
                 dxa_TR, d_b = low_rank_backward(dy_TN, linear.b_NR.detach(), xa_TS[:, ranks])
             parts.append(dxa_TR)
@@ -362,8 +371,9 @@ def linears_backward_input(
             else:
                 low_rank = (adapters.dxa_TS, a_SK.t())
         return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), adapters
-    if all(isinstance(linear.weight, DenseWeight) for linear in linears) and not _drops_out(linears):
-        dense = [(dy, linear.weight.weight_NK.detach()) for dy, linear in zip(dys, linears, strict=True)]
+    matrices = [linear.weight.weight_NK for linear in linears if isinstance(linear.weight, DenseWeight)]
+    if len(matrices) == len(linears) and not _drops_out(linears):
+        dense = [(dy_TN, weight_NK.detach()) for dy_TN, weight_NK in zip(dys, matrices, strict=True)]
         low_rank = None if adapters is None or a_SK is None else (adapters.dxa_TS, a_SK.t())
         if sums_in_one_launch(dense, low_rank, None):
             return dense_sum(dense, low_rank=low_rank), adapters
@@ -375,24 +385,27 @@ def linears_backward_input(
 
 def linears_backward_parameters(
     dys: Sequence[Tensor],
-    x_TK: Tensor,
+    x: Tensor | NormedRows,
     xa_TS: Tensor | None,
     adapters: AdapterGradients | None,
     linears: Sequence[Linear],
 ) -> list[Tensor | None]:
     """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
-    da_SK = None if adapters is None else _gradients_of_a(adapters.dxa_TS, x_TK, linears)
+    if isinstance(x, NormedRows) and any(linear.weight.trained is not None for linear in linears):
+        x = x.make()
+    da_SK = None if adapters is None else _gradients_of_a(adapters.dxa_TS, x, linears)
     gradients: list[Tensor | None] = []
     d_bs = [None] * len(linears) if adapters is None else adapters.d_bs
     for dy_TN, d_b, linear, ranks in zip(dys, d_bs, linears, _rank_slices(linears), strict=True):
         d_weight = d_bias = d_a = None
         if (weight := linear.weight.trained) is not None:
             # In the weight's dtype: a bf16 weight has a bf16 gradient, as without fusing.
-            d_weight = dy_TN.t() @ x_TK if weight.dtype == x_TK.dtype else matmul_fp32(dy_TN.t(), x_TK)
+            assert isinstance(x, Tensor)
+            d_weight = dy_TN.t() @ x if weight.dtype == x.dtype else matmul_fp32(dy_TN.t(), x)
         if linear.bias_N is not None and linear.bias_N.requires_grad:
             d_bias = dy_TN.sum(0, dtype=torch.float32 if dy_TN.dtype != torch.float64 else None)
         if linear.a_RK is not None and xa_TS is not None and da_SK is not None:
             d_a = da_SK[ranks] if linear.scaling == 1.0 else da_SK[ranks] * linear.scaling
-            d_b = matmul_fp32(dy_TN.t(), xa_TS[:, ranks]) if d_b is None else d_b
+            d_b = outer(xa_TS[:, ranks], dy_TN, by_rank=False) if d_b is None else d_b
         gradients += [d_weight, d_bias, d_a, d_b]
     return gradients

@@ -1,10 +1,11 @@
-"""x @ b.T for a small rank: one pass over what is as large as the result, forward and backward, summed in fp32.
+"""Products of which one side is a small rank: one pass over what is large, forward and backward, summed in fp32.
 
-Letters of tensor shapes: T tokens, N output features, R rank.
+Letters of tensor shapes: T tokens, K input features, N output features, R rank, S the sum of several ranks.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from truetune.ops.backend import (
 
 _BACKWARD_T, _BACKWARD_N, _BACKWARD_WARPS, _BACKWARD_STAGES = 32, 512, 4, 2  # tiles of dy
 _SUM_BLOCK = 1024
+_MOST_RANKS = 64  # with more, a GEMM
+_PROJECT_T, _PROJECT_K = 64, 128  # tiles of x for x @ a.T
+_OUTER_K = 64  # columns of x for d.T @ x
 
 LowRank = tuple[Tensor, Tensor]  # x_TR and b_NR, for x @ b.T
 
@@ -79,6 +83,51 @@ if triton is not None:
             tl.store(dx_parts_ptr + place, tl.dot(dy, b), mask=in_x)
         place = (block_rows.to(tl.int64) * N + col)[:, None] * RANK + rank[None, :]
         tl.store(db_parts_ptr + place, db, mask=in_b)
+
+    @triton.jit(do_not_specialize=["T"])
+    def _project_kernel(
+        x_ptr, a_ptr, out_ptr, T, K, x_stride, a_rank_stride, a_stride,
+        RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        rank = tl.arange(0, BLOCK_R)
+        out = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            col = (start + tl.arange(0, BLOCK_K))[None, :]
+            x = tl.load(x_ptr + row * x_stride + col, mask=(row < T) & (col < K), other=0.0)
+            in_a = (rank < RANKS)[:, None] & (col < K)
+            a_place_ptr = a_ptr + rank[:, None] * a_rank_stride + col.to(tl.int64) * a_stride
+            out = tl.dot(x, tl.load(a_place_ptr, mask=in_a, other=0.0).to(x.dtype).T, out)
+        place_ptr = out_ptr + row * RANKS + rank[None, :]
+        tl.store(place_ptr, out.to(out_ptr.dtype.element_ty), mask=(row < T) & (rank < RANKS)[None, :])
+
+    @triton.jit(do_not_specialize=["T", "rows"])
+    def _outer_kernel(
+        d_ptr, x_ptr, rstd_ptr, weight_ptr, db_parts_ptr, T, K, rows, d_stride, x_stride, offset,
+        RANKS: tl.constexpr, BY_RANK: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """A program has a block of x's columns and `rows` of its rows, and writes its part of the sum."""
+        block_k, block_rows = tl.program_id(0), tl.program_id(1)
+        col, rank = block_k * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+        if rstd_ptr is not None:
+            weight = offset + tl.load(weight_ptr + col, mask=col < K, other=0.0).to(tl.float32)
+        total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for start in range(block_rows * rows, min(block_rows * rows + rows, T), BLOCK_T):
+            row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            in_d = (row < T)[:, None] & (rank < RANKS)[None, :]
+            d = tl.load(d_ptr + row[:, None] * d_stride + rank[None, :], mask=in_d, other=0.0)
+            in_x = (row < T)[:, None] & (col < K)[None, :]
+            x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=in_x, other=0.0)
+            if rstd_ptr is not None:
+                rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+                x = x.to(tl.float32) * rstd[:, None] * weight[None, :]
+            total = tl.dot(d.T, x.to(d.dtype), total)
+        if BY_RANK:
+            place = (block_rows.to(tl.int64) * RANKS + rank)[:, None] * K + col[None, :]
+        else:
+            place = (block_rows.to(tl.int64) * K + col)[None, :] * RANKS + rank[:, None]
+        tl.store(db_parts_ptr + place, total, mask=(rank < RANKS)[:, None] & (col < K)[None, :])
 
     @triton.jit
     def _store_sum(parts_ptr, out_ptr, parts, size, index, BLOCK: tl.constexpr):
@@ -140,11 +189,9 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
     """
     (T, N), R = dy_TN.shape, x_TR.shape[1]
     if not _one_pass_pays(dy_TN, b_NR, x_TR):
-        return dy_TN @ b_NR.to(dy_TN.dtype), matmul_fp32(dy_TN.t(), x_TR)
+        return project(dy_TN, b_NR.t()), outer(x_TR, dy_TN, by_rank=False)
     blocks_n = cdiv(N, _BACKWARD_N)
-    splits = max(1, min(cdiv(T, _BACKWARD_T), 2 * num_multiprocessors(dy_TN.device) // blocks_n))
-    rows = cdiv(cdiv(T, _BACKWARD_T), splits) * _BACKWARD_T
-    splits = cdiv(T, rows)
+    rows, splits = _splits(T, _BACKWARD_T, 2 * num_multiprocessors(dy_TN.device) // blocks_n)
     dx_TR = torch.empty((T, R), dtype=dy_TN.dtype, device=dy_TN.device)
     db_NR = torch.empty((N, R), device=dy_TN.device)
     dx_parts, db_parts = (torch.empty(shape, device=dy_TN.device) for shape in ((blocks_n, T, R), (splits, N, R)))
@@ -161,6 +208,73 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
     return dx_TR, db_NR
 
 
+class NormedRows(NamedTuple):
+    """x * rstd * (offset + weight), which `outer` makes as it reads x; `make` gives it as a tensor."""
+
+    x_TK: Tensor
+    rstd_T: Tensor
+    weight_K: Tensor
+    offset: float
+    make: Callable[[], Tensor]
+
+
+def project(x_TK: Tensor, a_SK: Tensor) -> Tensor:
+    """x @ a.T [T, S] in the dtype of x, to which a is rounded.
+
+    As fast as cuBLAS, which takes 1 to 4 ms on the host for a number of rows that it has not met.
+    """
+    (T, K), S = x_TK.shape, len(a_SK)
+    if not _is_small(x_TK, S) or x_TK.stride(1) != 1:
+        return x_TK @ a_SK.t().to(x_TK.dtype)
+    out_TS = torch.empty((T, S), dtype=x_TK.dtype, device=x_TK.device)
+    with torch.cuda.device_of(x_TK):
+        _project_kernel[(cdiv(T, _PROJECT_T),)](
+            x_TK, a_SK, out_TS, T, K, x_TK.stride(0), a_SK.stride(0), a_SK.stride(1),
+            RANKS=S, BLOCK_R=max(16, next_power_of_2(S)), BLOCK_T=_PROJECT_T, BLOCK_K=_PROJECT_K, num_warps=4,
+        )  # fmt: skip
+    return out_TS
+
+
+def outer(d_TS: Tensor, x: Tensor | NormedRows, *, by_rank: bool = True) -> Tensor:
+    """d.T @ x [S, K] in fp32 (fp64 for fp64), or, not `by_rank`, x.T @ d [K, S]; x is rounded to the dtype of d.
+
+    As fast as cuBLAS, which would need `NormedRows` as a tensor, and as `project` on the host.
+    """
+    T, S = d_TS.shape
+    x_TK = x.x_TK if isinstance(x, NormedRows) else x
+    if not _is_small(d_TS, S) or d_TS.stride(1) != 1 or x_TK.stride(1) != 1:
+        rows = x.make() if isinstance(x, NormedRows) else x
+        return matmul_fp32(d_TS.t(), rows) if by_rank else matmul_fp32(rows.t(), d_TS)
+    K, block_t = x_TK.shape[1], outer_rows(x_TK.element_size())
+    blocks_k = cdiv(K, _OUTER_K)
+    rows_each, splits = _splits(T, block_t, 2 * num_multiprocessors(d_TS.device) // blocks_k)
+    parts = torch.empty((splits, S, K) if by_rank else (splits, K, S), device=d_TS.device)
+    norm = (x.rstd_T, x.weight_K) if isinstance(x, NormedRows) else (None, None)
+    with torch.cuda.device_of(d_TS):
+        _outer_kernel[(blocks_k, splits)](
+            d_TS, x_TK, *norm, parts, T, K, rows_each, d_TS.stride(0), x_TK.stride(0),
+            x.offset if isinstance(x, NormedRows) else 0.0,
+            RANKS=S, BY_RANK=by_rank, BLOCK_R=max(16, next_power_of_2(S)), BLOCK_T=block_t, BLOCK_K=_OUTER_K,
+            num_warps=4,
+        )  # fmt: skip
+    return parts.sum(0)
+
+
+def outer_rows(itemsize: int) -> int:
+    """Of a tile of x, of 16 KiB."""
+    return 256 // itemsize
+
+
+def _is_small(x: Tensor, ranks: int) -> bool:
+    return use_kernels(x) and x.dtype != torch.float32 and len(x) > 0 and ranks <= _MOST_RANKS
+
+
+def _splits(T: int, block_t: int, most: int) -> tuple[int, int]:
+    """How many rows a program has, and how many programs have all."""
+    rows = cdiv(cdiv(T, block_t), max(1, min(cdiv(T, block_t), most))) * block_t
+    return rows, cdiv(T, rows)
+
+
 def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
     (T, N), R = dy_TN.shape, x_TR.shape[1]
     if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or x_TR.dtype != dy_TN.dtype or T == 0 or R > 32:
@@ -168,7 +282,7 @@ def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
     if any(tensor.stride(1) != 1 for tensor in (dy_TN, b_NR, x_TR)):
         return False
     # Before Ampere a tile does not fit into shared memory; narrow results gain nothing.
-    return not dy_TN.is_cuda or (N >= 2048 and compute_capability(dy_TN.device) >= (8, 0))
+    return not dy_TN.is_cuda or (N > 2048 and compute_capability(dy_TN.device) >= (8, 0))
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
