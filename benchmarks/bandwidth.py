@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+CALLS, ROUNDS = 10, 7  # of a graph, and how often each is replayed
 
 
 class Case(NamedTuple):
@@ -51,6 +54,28 @@ def copy_ms(num_bytes: int) -> float:
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda").fill_(1)
     target = torch.empty_like(source)
     return do_bench(lambda: target.copy_(source), return_mode="median")
+
+
+def graphs_ms(steps: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each, medians of replayed CUDA graphs by turns: whatever a launch takes on the host."""
+    graphs = []
+    for step in steps:
+        step()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                step()
+        graphs.append(graph)
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(ROUNDS):
+        for graph, of_graph in zip(graphs, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            of_graph.append(begin.elapsed_time(end) / CALLS)
+    return [statistics.median(of_graph) for of_graph in times]
 
 
 def measure(case: Case) -> dict:

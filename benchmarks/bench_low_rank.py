@@ -1,49 +1,92 @@
-"""The two products of a gradient with a low-rank pair (`low_rank_backward`): in one pass over it, and as two GEMMs.
+"""LoRA's small products (`ops/low_rank.py`) beside cuBLAS's.
 
     python benchmarks/bench_low_rank.py --out benchmarks/results/low_rank.json
 
-dy [T, N] with B [N, R] and x @ A.T [T, R], 16,384 tokens. `read` is dy's bytes at the speed of a copy. Both are checked
-against fp32 on fresh random inputs first. Times are medians of `triton.testing.do_bench`.
+16,384 tokens. A gradient's two products, dy [T, N] with B [N, R] and x @ A.T [T, R], in one pass over dy and as two
+GEMMs; x @ A.T; and the gradient of A, of x as it is and of a stream that is normed on the way (beside a norm and a
+GEMM). `read` is the large operand's bytes at the speed of a copy. All are checked against fp32 on fresh random inputs
+first. Times are medians of replayed CUDA graphs, by turns.
+
+Letters of tensor shapes: T tokens, K input features, N output features, R rank, S the sum of several ranks.
 """
+
+from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 
-from bandwidth import copy_ms, parse_arguments, write
-from truetune.ops.low_rank import low_rank_backward, matmul_fp32
+from bandwidth import copy_ms, graphs_ms, parse_arguments, write
+from truetune.ops import low_rank
+from truetune.ops.low_rank import NormedRows, low_rank_backward, matmul_fp32, outer, project
+from truetune.ops.rms_norm import rms_norm_forward
 
 T = 16384
-CASES = [(14336, 16), (14336, 32), (9728, 16), (4096, 16), (4096, 32), (3072, 16), (2048, 16)]  # N, R
+GRADIENTS = [(14336, 16), (14336, 32), (4096, 16), (4096, 32), (3072, 16), (2048, 16), (1024, 16)]  # N, R
+SMALL = [(1024, 48), (1024, 32), (2048, 16), (3072, 16), (4096, 48), (14336, 16)]  # K, S
 
 
-def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.float() - exact).norm() / exact.norm()).item()
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def measure(N: int, R: int) -> dict:
-    from triton.testing import do_bench
+def compared(what: str, width: int, ranks: int, ours: Callable, theirs: Callable, exact: tuple) -> dict:
+    """Both give tuples of tensors, as `exact` is."""
+    for our, their, expected in zip(ours(), theirs(), exact, strict=True):
+        errors = [((value.float() - expected).norm() / expected.norm()).item() for value in (our, their)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-5, f"{what}, {width} x {ranks}: error {errors[0]:.6f}, {errors[1]:.6f}"
+    ours_ms, theirs_ms = graphs_ms([ours, theirs])
+    read_ms = copy_ms(2 * T * width)
+    times = f"{ours_ms:.3f} | {theirs_ms:.3f} | {theirs_ms / ours_ms:.2f}x | {read_ms:.3f}"
+    print(f"| {what} | {width} | {ranks} | {times} |", flush=True)
+    return {
+        "what": what, "width": width, "ranks": ranks, "ours_ms": ours_ms, "cublas_ms": theirs_ms,
+        "cublas_over_ours": theirs_ms / ours_ms, "read_ms": read_ms,
+    }  # fmt: skip
 
-    dy_TN = torch.randn(T, N, device="cuda", dtype=torch.bfloat16)
-    b_NR = torch.randn(N, R, device="cuda")
-    x_TR = torch.randn(T, 3 * R, device="cuda", dtype=torch.bfloat16)[:, R : 2 * R]  # one of q, k and v
+
+def gradients(N: int, R: int) -> dict:
+    dy_TN, b_NR = randn(T, N), torch.randn(N, R, device="cuda")
+    x_TR = randn(T, 3 * R)[:, R : 2 * R]  # one of q, k and v
+    exact = dy_TN.float() @ b_NR.bfloat16().float(), dy_TN.float().t() @ x_TR.float()
+
+    def one_pass() -> tuple[torch.Tensor, torch.Tensor]:
+        with patch.object(low_rank, "_one_pass_pays", lambda *_: True):
+            return low_rank_backward(dy_TN, b_NR, x_TR)
 
     def two() -> tuple[torch.Tensor, torch.Tensor]:
         return dy_TN @ b_NR.to(dy_TN.dtype), matmul_fp32(dy_TN.t(), x_TR)
 
-    exact = dy_TN.float() @ b_NR.bfloat16().float(), dy_TN.float().t() @ x_TR.float()
-    for ours, theirs, expected in zip(low_rank_backward(dy_TN, b_NR, x_TR), two(), exact, strict=True):
-        errors = error_of(ours, expected), error_of(theirs, expected)
-        assert errors[0] <= 1.5 * errors[1] + 1e-5, f"{N} x {R}: error {errors[0]:.6f}, two GEMMs {errors[1]:.6f}"
-    one_ms = do_bench(lambda: low_rank_backward(dy_TN, b_NR, x_TR), return_mode="median")
-    two_ms = do_bench(two, return_mode="median")
-    read_ms = copy_ms(2 * T * N)
-    print(f"| {N} | {R} | {one_ms:.3f} | {two_ms:.3f} | {two_ms / one_ms:.2f}x | {read_ms:.3f} |", flush=True)
-    return {"n": N, "rank": R, "one_ms": one_ms, "two_ms": two_ms, "two_over_one": two_ms / one_ms, "read_ms": read_ms}
+    return compared("gradient, in one pass", N, R, one_pass, two, exact)
+
+
+def small(K: int, S: int) -> list[dict]:
+    x_TK, a_SK, d_TS, weight_K = randn(T, K), randn(S, K), randn(T, S), randn(K)
+    done = rms_norm_forward(x_TK, weight_K, 1e-6)
+    normed = NormedRows(x_TK, done.rstd_T, weight_K, 0.0, lambda: done.y)
+
+    def norm_and_gemm() -> tuple[torch.Tensor]:
+        return (matmul_fp32(d_TS.t(), rms_norm_forward(x_TK, weight_K, 1e-6).y),)
+
+    def of(product: Callable[[], torch.Tensor]) -> Callable[[], tuple[torch.Tensor]]:
+        return lambda: (product(),)
+
+    through_a, plain = x_TK.float() @ a_SK.float().t(), d_TS.float().t() @ x_TK.float()
+    return [
+        compared("x @ A.T", K, S, of(lambda: project(x_TK, a_SK)), of(lambda: x_TK @ a_SK.t()), (through_a,)),
+        compared("of A", K, S, of(lambda: outer(d_TS, x_TK)), of(lambda: matmul_fp32(d_TS.t(), x_TK)), (plain,)),
+        compared(
+            "of A, normed", K, S, of(lambda: outer(d_TS, normed)), norm_and_gemm, (d_TS.float().t() @ done.y.float(),)
+        ),
+    ]
 
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    print("| N | rank | one pass ms | two GEMMs ms | | read ms |\n|---|---|---|---|---|---|")
-    write(arguments.out, [measure(N, R) for N, R in CASES])
+    print("| product | width | ranks | ours ms | cuBLAS ms | | read ms |\n|---|---|---|---|---|---|---|")
+    results = [gradients(N, R) for N, R in GRADIENTS]
+    for K, S in SMALL:
+        results += small(K, S)
+    write(arguments.out, results)
 
 
 if __name__ == "__main__":
