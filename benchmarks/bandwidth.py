@@ -47,6 +47,10 @@ def check(case: Case) -> None:
             raise AssertionError(f"{case.name}: result {i} has error {errors[0]:.1e}, the eager path {errors[1]:.1e}.")
 
 
+def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.float() - exact).norm() / exact.norm()).item()
+
+
 def copy_ms(num_bytes: int) -> float:
     """A copy that reads half of the bytes and writes the other half."""
     from triton.testing import do_bench

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from bandwidth import graphs_ms, parse_arguments, write
+from bandwidth import error_of, graphs_ms, parse_arguments, write
 from truetune.ops import lora
 from truetune.ops.lora import AdapterGradients, DenseWeight, Linear, linears_backward_input
 
@@ -44,10 +44,6 @@ RANK = 16
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-
-def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.float() - exact).norm() / exact.norm()).item()
 
 
 def measured(name: str, one, products, exact: torch.Tensor) -> dict:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from bandwidth import parse_arguments, write
+from bandwidth import error_of, parse_arguments, write
 from truetune.ops import fp8_sum as module
 from truetune.ops.fp8 import Fp8Product, quantize_rows, scaled_product
 from truetune.ops.fp8_sum import fp8_sum
@@ -31,10 +31,6 @@ CASES = [  # name, widths K, N, rank, whether there is a residual
     ("gradient through gate and up", (14336, 14336), 4096, 32, False),
     ("gradient through q, k and v", (4096, 1024, 1024), 4096, 48, False),
 ]
-
-
-def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.float() - exact).norm() / exact.norm()).item()
 
 
 def measure(name: str, widths: tuple[int, ...], N: int, rank: int, residual: bool) -> dict:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from bandwidth import copy_ms, graphs_ms, parse_arguments, write
+from bandwidth import copy_ms, error_of, graphs_ms, parse_arguments, write
 from truetune.ops import low_rank
 from truetune.ops.low_rank import NormedRows, low_rank_backward, matmul_fp32, outer, project
 from truetune.ops.rms_norm import rms_norm_forward
@@ -32,7 +32,7 @@ def randn(*shape: int) -> torch.Tensor:
 def compared(what: str, width: int, ranks: int, ours: Callable, theirs: Callable, exact: tuple) -> dict:
     """Both give tuples of tensors, as `exact` is."""
     for our, their, expected in zip(ours(), theirs(), exact, strict=True):
-        errors = [((value.float() - expected).norm() / expected.norm()).item() for value in (our, their)]
+        errors = [error_of(value, expected) for value in (our, their)]
         assert errors[0] <= 1.5 * errors[1] + 1e-5, f"{what}, {width} x {ranks}: error {errors[0]:.6f}, {errors[1]:.6f}"
     ours_ms, theirs_ms = graphs_ms([ours, theirs])
     read_ms = copy_ms(2 * T * width)
@@ -62,7 +62,7 @@ def gradients(N: int, R: int) -> dict:
 def small(K: int, S: int) -> list[dict]:
     x_TK, a_SK, d_TS, weight_K = randn(T, K), randn(S, K), randn(T, S), randn(K)
     done = rms_norm_forward(x_TK, weight_K, 1e-6)
-    normed = NormedRows(x_TK, done.rstd_T, weight_K, 0.0, lambda: done.y)
+    normed = NormedRows(x_TK, done.rstd_T, weight_K, 0.0, lambda _: done.y)
 
     def norm_and_gemm() -> tuple[torch.Tensor]:
         return (matmul_fp32(d_TS.t(), rms_norm_forward(x_TK, weight_K, 1e-6).y),)

@@ -31,11 +31,11 @@ def make(device, C=16, H=72, V=1003, spread=1.0, seed=0):
     return hidden.to(device), weight.to(device), labels.to(device)
 
 
-def run(hidden, weight, labels, loss=PLAIN, weights=None, num_items=None):
+def run(hidden, weight, labels, loss=PLAIN, weights=None, divisor=None):
     empty = [torch.full((len(hidden),), math.nan, device=hidden.device) for _ in range(3)]
     rows = Rows(labels, weights, *empty, torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device))
     d_hidden = torch.full_like(hidden, math.nan)
-    frozen_head.frozen_head_chunk(hidden, weight, rows, loss, num_items, d_hidden)
+    frozen_head.frozen_head_chunk(hidden, weight, rows, loss, divisor, d_hidden)
     return d_hidden, rows
 
 
@@ -156,10 +156,10 @@ def test_without_statistics_loss_and_gradient_are_the_same(device, slabs):
     assert torch.equal(d_hidden, d_bare) and torch.equal(rows.nll, bare.nll) and torch.equal(rows.loss, bare.loss)
 
 
-def test_the_gradient_is_divided_by_the_number_of_items_and_no_row_is(device, slabs):
+def test_the_gradient_is_divided_and_no_row_is(device, slabs):
     hidden, weight, labels = make(device)
     plain, rows = run(hidden, weight, labels)
-    divided, divided_rows = run(hidden, weight, labels, num_items=torch.tensor(8.0, device=device))
+    divided, divided_rows = run(hidden, weight, labels, divisor=torch.tensor(8.0, device=device))
     assert torch.equal(divided * 8, plain) and torch.equal(divided_rows.loss, rows.loss)
 
 

@@ -27,7 +27,7 @@ POINTERS = {
     "dweight_ptr": "*fp32", "dgate_scale_ptr": "*fp32", "dup_scale_ptr": "*fp32", "packed_ptr": "*u8",
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
     "offset_ptr": "*fp32", "adapter_ptr": "*fp32", "labels_ptr": "*i64", "z_label_ptr": "*fp32", "sums_ptr": "*fp32",
-    "state_ptr": "*fp32", "d_hidden_ptr": "*fp32", "num_items_ptr": "*fp32",
+    "state_ptr": "*fp32", "d_hidden_ptr": "*fp32", "divisor_ptr": "*fp32", "parts_ptr": "*fp32",
     **dict.fromkeys([f"{side}{i}_scale_ptr" for side in "ab" for i in range(3)], "*fp32"),
 }  # fmt: skip
 COUNTS = {
@@ -193,7 +193,14 @@ def of_linears() -> list[Kernel]:
         ),
         Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
         *(
-            Kernel("low_rank", name, 4, tile | {"RANKS": ranks, "BLOCK_R": ranks, **absent}, wide=False)
+            Kernel(
+                "low_rank",
+                name,
+                4,
+                tile | {"RANKS": ranks, "BLOCK_R": ranks, **absent},
+                wide=False,
+                targets=range(90, 91),
+            )
             for ranks in (16, 64)
             for name, tile, absent in (
                 ("_project_kernel", project, {}),

@@ -405,6 +405,17 @@ def test_the_hidden_states_gradient_is_rounded_once_whatever_it_is_divided_by(de
     assert error_of_divided(11) < 1.1 * error_of_divided(1)
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_hidden_states_gradient_is_kept_in_what_the_plan_counts(any_device, hidden_dtype, autocast):
+    hidden, weight, labels, _ = make(any_device, hidden_dtype)
+    with torch.autocast(torch.device(any_device).type, dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    kept = [x for x in loss.grad_fn.saved_tensors if x.ndim == 2 and x.shape[1] == hidden.shape[-1]]
+    assert head.kept_dtype(hidden_dtype) in {x.dtype for x in kept}
+    assert len(kept) == 2 or not weight.requires_grad
+
+
 @pytest.mark.parametrize("rows", [1, 4915, 8191, 8192, 16351])
 def test_a_frozen_head_takes_full_chunks_and_what_is_left(rows):
     chunk = head._chunk_rows(rows, 128256 * 2, True, in_slabs=True)

@@ -76,9 +76,10 @@ def test_no_rows_have_no_gradient(device):
 @pytest.fixture
 def kernels(monkeypatch):
     """Which of the two products a kernel has made, by programs for as many rows as on a small GPU."""
-    made, small = [], low_rank._is_small
+    made, has = [], low_rank._has_kernel
     monkeypatch.setattr(low_rank, "num_multiprocessors", lambda _: 7)
-    monkeypatch.setattr(low_rank, "_is_small", lambda x, ranks: made.append(small(x, ranks)) or made[-1])
+    monkeypatch.setattr(low_rank, "_LEAST_ROWS", 0)
+    monkeypatch.setattr(low_rank, "_has_kernel", lambda x, ranks: made.append(has(x, ranks)) or made[-1])
     return made
 
 
@@ -105,7 +106,7 @@ def test_outer_product_sums_over_rows_in_fp32(device, rows, width, ranks, stream
     if stream is not None:
         weight = torch.randn(width, device=device)
         done = rms_norm_forward(x, weight, 1e-6, offset=1.0, out_dtype=torch.bfloat16)
-        given, expected = NormedRows(x, done.rstd_T, weight, 1.0, lambda: done.y), done.y
+        given, expected = NormedRows(x, done.rstd_T, weight, 1.0, lambda _: done.y), done.y
     exact = d.double().t() @ expected.double()
     for out in (outer(d, given), outer(d, given, by_rank=False).t()):
         assert kernels.pop() is (ranks <= 64 and use_kernels(d))

@@ -172,8 +172,7 @@ def _normed_again(norm: Norm | None, x_TH: Tensor, rstd_T: Tensor | None, dtype:
     """For the backward pass, where most adapters need no tensor of it."""
     if norm is None or rstd_T is None:
         return x_TH.to(dtype)
-    weight_H = norm.weight_H.detach()
-    return NormedRows(x_TH, rstd_T, weight_H, norm.offset, lambda: norm.forward(x_TH, dtype)[0])
+    return NormedRows(x_TH, rstd_T, norm.weight_H.detach(), norm.offset, lambda rows: norm.forward(rows, dtype)[0])
 
 
 def _norm_backward(norm, dh_TH, x_TH, rstd_T, dresidual_TH) -> tuple[Tensor | None, Tensor | None]:
@@ -320,8 +319,7 @@ def _take(x_TH: Tensor, rows_K: Tensor | None) -> Tensor:
 def _take_normed(h: Tensor | NormedRows, rows_K: Tensor) -> Tensor | NormedRows:
     if isinstance(h, Tensor):
         return h.index_select(0, rows_K)
-    x_KH, rstd_K = h.x_TK.index_select(0, rows_K), h.rstd_T.index_select(0, rows_K)
-    return NormedRows(x_KH, rstd_K, h.weight_K, h.offset, lambda: h.make().index_select(0, rows_K))
+    return h._replace(x_TK=h.x_TK.index_select(0, rows_K), rstd_T=h.rstd_T.index_select(0, rows_K))
 
 
 # -- MLP ---------------------------------------------------------------------------------------------------------------

@@ -234,13 +234,14 @@ class StepMemory:
         if not gradients:
             return {"forward": stream + logits + cast}
         fp32 = FP32 * m.hidden * T
+        d_hidden = m.hidden_gradient * m.hidden * T
         norm = stream if m.norm_fused else fp32 + hidden * m.norm_trained  # saved: its input
         norm_backward = 2 * stream if m.norm_fused else 2 * hidden + 4 * fp32
         d_weight = FP32 * matrix if m.head_gradient else 0
         scaled = m.head_gradient * matrix if 0 < m.head_gradient < FP32 else 0  # fp32 ones are scaled in place
         return {
-            "forward": norm + stream + hidden + logits + d_weight + cast,
-            "backward": norm + stream + hidden + d_weight + scaled,
+            "forward": norm + stream + d_hidden + logits + d_weight + cast,
+            "backward": norm + stream + d_hidden + d_weight + scaled,
             "norm backward": norm + norm_backward + (scaled or d_weight),
             "gradients kept": scaled or d_weight,
         }

@@ -16,6 +16,7 @@ from truetune.models.attention import expands_keys
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.final_norm import why_not_final_norm
 from truetune.models.fuse import decoder_layers, holder_of_layers
+from truetune.ops.linear_cross_entropy import kept_dtype
 
 FP32 = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, a scale a block of 64, a scale of scales a block of 256
@@ -56,6 +57,7 @@ class ModelShape:
     """`weights`: bytes of all parameters and buffers. `gradients`: bytes of those of all trained parameters.
 
     `optimizer`: (elements, bytes an element) of every trained tensor. `head`: vocabulary rows of the LM head.
+    `hidden_gradient`: bytes an element of its hidden states' gradient, as the loss keeps it.
     """
 
     layers: tuple[LayerShape, ...]
@@ -68,6 +70,7 @@ class ModelShape:
     head: int
     head_made: bool  # cast to the compute dtype for the loss
     head_gradient: int  # bytes a trained element, 0: frozen
+    hidden_gradient: int
     embedding_gradient: int
     tied: bool
     norm_fused: bool
@@ -113,6 +116,7 @@ def read_model(
         head=head_weight.shape[0],
         head_made=head_weight.dtype != compute_dtype,
         head_gradient=head_weight.element_size() if head_weight.requires_grad else 0,
+        hidden_gradient=kept_dtype(embedding_weight.dtype).itemsize,
         embedding_gradient=embedding_weight.element_size() if embedding_weight.requires_grad else 0,
         tied=head_weight is embedding_weight,
         norm_fused=why_not_final_norm(holder, family) is None,

@@ -65,8 +65,8 @@ def sums_in_one_launch(products: Sequence[Product], low_rank: LowRank | None, ad
         flops = 2 * len(first) * b_KN.shape[1] * sum(x_TK.shape[1] for x_TK, _ in products)
         if compute_capability(first.device) != (9, 0) or flops < _LEAST_FLOPS:
             return False
-    if len(first) == 0 or (len(products) == 1 and low_rank is None and add_TN is None):
-        return False
+    if len(first) == 0 or b_KN.shape[1] % 8 != 0 or (len(products) == 1 and low_rank is None and add_TN is None):
+        return False  # no rows, rows of the result that TMA does not store, or a product alone
     by_k = b_KN.stride(1) == 1
     matrices = [matrix for x_TK, b in products for matrix in (x_TK, b if by_k else b.t())]
     matrices += [] if add_TN is None else [add_TN]
@@ -76,36 +76,36 @@ def sums_in_one_launch(products: Sequence[Product], low_rank: LowRank | None, ad
 def dense_sum(products: Sequence[Product], *, low_rank: LowRank | None = None, add_TN: Tensor | None = None) -> Tensor:
     """All products, x @ b.T of `low_rank` and `add_TN`: [T, N] in bf16, summed in fp32 and rounded once.
 
-    `sums_in_one_launch` has said whether this can be called. All b_KN are contiguous, or all are transposed ones. That
-    of `low_rank` is rounded to bf16.
+    `sums_in_one_launch` has said whether this can be called. The elements of a row of b_KN are neighbours, or else
+    those of a column, and in all products alike; b_NR is rounded to bf16.
     """
     (T, _), (_, N) = products[0][0].shape, products[0][1].shape
     by_k = products[0][1].stride(1) == 1
     operands: list[Any] = []
     for x_TK, b_KN in products:
-        b_tiles = tiles_of(b_KN, _BLOCK_K, _BLOCK_N) if by_k else tiles_of(b_KN.t(), _BLOCK_N, _BLOCK_K)
-        operands += [tiles_of(x_TK, _BLOCK_T, _BLOCK_K), b_tiles]
+        weight = tiles_of(b_KN, _BLOCK_K, _BLOCK_N) if by_k else tiles_of(b_KN.t(), _BLOCK_N, _BLOCK_K)
+        operands += [tiles_of(x_TK, _BLOCK_T, _BLOCK_K), weight]
     widths = [x_TK.shape[1] for x_TK, _ in products]
     missing = _MAX_PRODUCTS - len(products)
-    x_tiles, adapter, constants = adapter_tiles(low_rank, _BLOCK_T, _BLOCK_N, _LARGEST_BLOCK_R)
+    x_tiles, b_tiles, adapter = adapter_tiles(low_rank, _BLOCK_T, _BLOCK_N, _LARGEST_BLOCK_R)
     out_TN = products[0][0].new_empty((T, N))
     num_tiles = cdiv(T, _BLOCK_T) * cdiv(N, _BLOCK_N)
     programs = min(num_tiles, num_multiprocessors(out_TN.device))
-    flat = len(products) == 1 and widths[0] <= _LONGEST_FLAT and constants["RANK"] <= constants["BLOCK_R"]
+    flat = len(products) == 1 and widths[0] <= _LONGEST_FLAT and adapter["RANK"] <= adapter["BLOCK_R"]
     with torch.cuda.device_of(out_TN):
         _dense_sum_kernel[(programs,)](
-            *operands, *[None] * 2 * missing, x_tiles, adapter,
+            *operands, *[None] * 2 * missing, x_tiles, b_tiles,
             None if add_TN is None else tiles_of(add_TN, _BLOCK_T, _BLOCK_N // 2),
             tiles_of(out_TN, _BLOCK_T, _BLOCK_N // 2),
             T, N, *widths, *[0] * missing, programs,
             PRODUCTS=len(products), BY_K=by_k, HAS_ADD=add_TN is not None,
             BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP=_GROUP, FLATTEN=flat,
-            num_warps=_NUM_WARPS, num_stages=num_stages(flat), **constants,
+            num_warps=_NUM_WARPS, num_stages=num_stages(flat), **adapter,
         )  # fmt: skip
     return out_TN
 
 
 def num_stages(flat: bool) -> int:
-    """Tiles of the operands in shared memory, beside which there is what the last step takes; in a flat loop at the
-    same time."""
+    """How many tiles of each operand are in shared memory. What the adapter takes of it is free before the next tile's
+    loads begin, but not in a flat loop."""
     return 3 if flat else 4

@@ -121,13 +121,13 @@ def _launch(products: Sequence[Fp8Product], low_rank: LowRank | None, add_TN: Te
         operands += [tiles_of(a8_TK, _BLOCK_T, _BLOCK_K), tiles_of(b8_NK, _BLOCK_N, _BLOCK_K), scale_T, scale_1N]
     widths = [product.a8_TK.shape[1] for product in products]
     missing = _MAX_PRODUCTS - len(products)
-    x_desc, adapter_desc, adapter = adapter_tiles(low_rank, _BLOCK_T, _BLOCK_N, _LARGEST_BLOCK_R)
+    x_tiles, b_tiles, adapter = adapter_tiles(low_rank, _BLOCK_T, _BLOCK_N, _LARGEST_BLOCK_R)
     num_tiles = cdiv(T, _BLOCK_T) * cdiv(N, _BLOCK_N)
     programs = min(num_tiles, num_multiprocessors(out_TN.device))
     with torch.cuda.device_of(out_TN):
         _fp8_sum_kernel[(programs,)](
             *operands, *[None] * 4 * missing,
-            x_desc, adapter_desc,
+            x_tiles, b_tiles,
             None if add_TN is None else tiles_of(add_TN, _BLOCK_T, _BLOCK_N // 2),
             tiles_of(out_TN, _BLOCK_T, _BLOCK_N // 2),
             T, N, *widths, *[0] * missing, programs,

@@ -166,7 +166,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["C", "V"])
     def _finish_kernel(
-        d_hidden_ptr, weight_ptr, labels_ptr, z_label_ptr, state_ptr, row_weights_ptr, num_items_ptr,
+        d_hidden_ptr, weight_ptr, labels_ptr, z_label_ptr, state_ptr, row_weights_ptr, divisor_ptr,
         loss_ptr, nll_ptr, entropy_ptr, top1_ptr, out_ptr, C, V, H,
         HAS_ROW_WEIGHTS: tl.constexpr, DFT: tl.constexpr, STATS: tl.constexpr, BLOCK_H: tl.constexpr,
     ):  # fmt: skip
@@ -183,8 +183,8 @@ if triton is not None:
         nll = log_total + (reference - z_label) * _LN_2
         loss, row_weight = weigh_row(nll, nll, 1.0, row_weights_ptr, row, HAS_ROW_WEIGHTS, DFT)
         share = 1.0 / total  # not times the weight, which of DFT is as small again
-        if num_items_ptr is not None:
-            row_weight /= tl.load(num_items_ptr)
+        if divisor_ptr is not None:
+            row_weight /= tl.load(divisor_ptr)
         tl.store(nll_ptr + row, nll)
         tl.store(loss_ptr + row, loss)
         if STATS:
@@ -225,9 +225,9 @@ def chunk_bytes(rows: int, hidden: int, vocabulary: int) -> int:
 
 
 def frozen_head_chunk(
-    hidden_CH: Tensor, weight_VH: Tensor, rows: Rows, loss: Loss, num_items: Tensor | None, d_hidden_CH: Tensor
+    hidden_CH: Tensor, weight_VH: Tensor, rows: Rows, loss: Loss, divisor: Tensor | None, d_hidden_CH: Tensor
 ) -> None:
-    """Writes the rows' results and the gradients of hidden_CH, times the rows' weights, over num_items (0-d; None: 1)
+    """Writes the rows' results and the gradients of hidden_CH, times the rows' weights, over `divisor` (0-d; None: 1)
     and still over `logit_scale`.
 
     hidden_CH and weight_VH are contiguous and bf16; `has_kernels` has said whether this can be called.
@@ -268,7 +268,7 @@ def frozen_head_chunk(
             )  # fmt: skip
             accumulate_product(product_CH, exp_CS[:, :width], weight_SH, beta=int(first_col > 0))
         _finish_kernel[(C,)](
-            product_CH, weight_VH, rows.targets, z_label_C, state, rows.weights, num_items,
+            product_CH, weight_VH, rows.targets, z_label_C, state, rows.weights, divisor,
             rows.loss, rows.nll, rows.entropy, rows.is_top1, d_hidden_CH, C, V, H,
             HAS_ROW_WEIGHTS=rows.weights is not None, DFT=loss.dft, STATS=stats, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip

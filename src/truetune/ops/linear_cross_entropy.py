@@ -64,6 +64,11 @@ def chunk_bytes(num_rows: int, hidden: int, vocabulary: int, itemsize: int, in_s
     return made + chunk * hidden * itemsize
 
 
+def kept_dtype(hidden_dtype: torch.dtype) -> torch.dtype:
+    """What the hidden states' gradient is kept in for the backward pass, when it is divided already."""
+    return torch.bfloat16 if hidden_dtype == torch.bfloat16 else precise(hidden_dtype)
+
+
 def _empty_results(hidden_NH, weight_VH, rows_K, divided, dtype, stats, needs) -> tuple[Tensor, ...]:
     """The kept rows' nll, entropy and top-1, then the gradients of hidden, weight and bias; empty if not asked for."""
     (K,), (V, H) = rows_K.shape, weight_VH.shape
@@ -73,13 +78,13 @@ def _empty_results(hidden_NH, weight_VH, rows_K, divided, dtype, stats, needs) -
     # the backward pass multiplies it by is seldom other than 1; fp16's gradients lie too near to 0.
     dtypes = [precise(dtype)] * 6
     dtypes[2] = torch.bool
-    if divided and hidden_NH.dtype == torch.bfloat16:
-        dtypes[3] = torch.bfloat16
+    if divided:
+        dtypes[3] = kept_dtype(hidden_NH.dtype)
     return tuple(hidden_NH.new_empty(s if a else (0,), dtype=d) for s, a, d in zip(shapes, asked, dtypes, strict=True))
 
 
-def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, num_items: Tensor | None, out_CH: Tensor) -> None:
-    """out = d_logits @ weight / num_items. On a CPU PyTorch rounds every product of half-precision numbers, and with a
+def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, divisor: Tensor | None, out_CH: Tensor) -> None:
+    """out = d_logits @ weight / divisor. On a CPU PyTorch rounds every product of half-precision numbers, and with a
     widened head the loss would take two to four times as long."""
     dtype = precise(d_logits_CV.dtype) if d_logits_CV.is_cuda else d_logits_CV.dtype
     product_CH = out_CH if out_CH.dtype == dtype else d_logits_CV.new_empty(out_CH.shape, dtype=dtype)
@@ -87,8 +92,8 @@ def _through_head(d_logits_CV: Tensor, weight_VH: Tensor, num_items: Tensor | No
         accumulate_product(product_CH, d_logits_CV, weight_VH, beta=0)
     else:
         torch.mm(d_logits_CV, weight_VH, out=product_CH)  # which autocast leaves as it is
-    if num_items is not None:
-        torch.div(product_CH.to(num_items.dtype), num_items, out=out_CH)
+    if divisor is not None:
+        torch.div(product_CH.to(divisor.dtype), divisor, out=out_CH)
     elif product_CH is not out_CH:
         out_CH.copy_(product_CH)
 
@@ -101,13 +106,14 @@ def linear_cross_entropy_op(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of the rows' losses over num_items (0-d; None: 1), nll_K, entropy_K, is_top1_K, and the gradients to
-    hidden_NH[rows_K], weight_VH and bias_V, still to be multiplied by logit_scale / gradient_scale(dtype), and those of
-    weight and bias to be divided by num_items."""
+    hidden_NH[rows_K], weight_VH and bias_V, still to be divided by gradient_scale(dtype). Those of weight and bias, and
+    without num_items that of hidden, are still to be multiplied by logit_scale / num_items."""
     needs = (needs_hidden, needs_weight, needs_bias)
     results = _empty_results(hidden_NH, weight_VH, rows_K, num_items is not None, dtype, stats, needs)
     nll_K, entropy_K, is_top1_K, d_hidden_KH, d_weight_VH, d_bias_V = results
     loss = Loss(logit_scale, softcap, label_smoothing, dft)
     loss_K = torch.empty_like(nll_K)
+    divisor = None if num_items is None else num_items / logit_scale
     targets_K = labels_N[rows_K]
     weight_VH = weight_VH.to(dtype)
     d_bias_V.zero_()
@@ -130,7 +136,7 @@ def linear_cross_entropy_op(
         row_weights = None if row_weights_K is None else row_weights_K[part]
         rows = Rows(targets_K[part], row_weights, loss_K[part], nll_K[part], entropy_K[part], is_top1_K[part])
         if in_slabs:
-            frozen_head.frozen_head_chunk(hidden_CH, weight_VH, rows, loss, num_items, d_hidden_KH[part])
+            frozen_head.frozen_head_chunk(hidden_CH, weight_VH, rows, loss, divisor, d_hidden_KH[part])
             continue
         logits_CV = padded_logits[: len(hidden_CH), :V]
         torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
@@ -138,7 +144,7 @@ def linear_cross_entropy_op(
             padded_logits[:, V:] = -torch.inf
         cross_entropy(logits_CV, bias_V, rows, loss, write_grad=any(needs))
         if needs_hidden:
-            _through_head(logits_CV, weight_VH, num_items, d_hidden_KH[part])
+            _through_head(logits_CV, weight_VH, divisor, d_hidden_KH[part])
         if needs_weight:
             accumulate_product(d_weight_VH, logits_CV.T, hidden_CH, beta=int(start > 0))
         if needs_bias:
@@ -157,30 +163,31 @@ def _(hidden_NH, weight_VH, bias_V, labels_N, rows_K, row_weights_K, num_items, 
 def remember_inputs(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype, logit_scale) -> None:
     ctx.num_rows = len(hidden_NH)
     ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-    ctx.factor = logit_scale / gradient_scale(dtype)
+    ctx.logit_scale, ctx.gradient_scale = logit_scale, gradient_scale(dtype)
 
 
 def finish_gradients(
     ctx: Any, scale: Tensor, num_items: Tensor | None, rows_K: Tensor, d_hidden_KH: Tensor, d_weight_VH: Tensor,
     d_bias_V: Tensor,
 ):  # fmt: skip
-    """The gradients of hidden, weight and bias in the inputs' dtypes: scaled in fp32, rounded once."""
+    """The gradients of hidden, weight and bias in the inputs' dtypes: scaled in fp32 and rounded, once but for that of
+    hidden in bf16, which comes rounded where there is `num_items`."""
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph=True.")
     d_hidden_NH = d_weight = d_bias = None
     needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    scale = scale * ctx.factor
+    scale = scale / ctx.gradient_scale
+    weight_scale = scale * ctx.logit_scale if num_items is None else scale * ctx.logit_scale / num_items
     if needs_hidden:
-        d_hidden_NH = scale_rows(d_hidden_KH, scale, rows_K, ctx.num_rows, hidden_dtype)
-    if num_items is not None:
-        scale = scale / num_items
+        hidden_scale = weight_scale if num_items is None else scale
+        d_hidden_NH = scale_rows(d_hidden_KH, hidden_scale, rows_K, ctx.num_rows, hidden_dtype)
     if needs_weight and weight_dtype == d_weight_VH.dtype:
-        d_weight = d_weight_VH.mul_(scale)  # in place: a second fp32 copy of a head of 128k x 4k is 2 GiB
+        d_weight = d_weight_VH.mul_(weight_scale)  # in place: a second fp32 copy of a head of 128k x 4k is 2 GiB
     elif needs_weight:
-        d_weight = scale_rows(d_weight_VH, scale, None, len(d_weight_VH), weight_dtype)
+        d_weight = scale_rows(d_weight_VH, weight_scale, None, len(d_weight_VH), weight_dtype)
     if needs_bias:
-        d_bias = (d_bias_V * scale).to(bias_dtype)
+        d_bias = (d_bias_V * weight_scale).to(bias_dtype)
     return d_hidden_NH, d_weight, d_bias
 
 
@@ -226,7 +233,7 @@ def linear_cross_entropy(
         bias: [V].
         rows: [K] int64 indexes into the flattened leading dimensions: those to keep, none twice, none with an ignored
             label. With them given the host never waits for the device; None: found here, from the labels.
-        num_items: int or 0-d tensor, what the sum over the rows is divided by, at least 1. Default: K.
+        num_items: int or 0-d tensor, what the sum over the rows is divided by, at least 1. Default: K. Has no gradient.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv:2408.00118).
         logit_scale: positive.
         label_smoothing: share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
@@ -237,7 +244,8 @@ def linear_cross_entropy(
         The loss, 0-d, fp32 (fp64 for fp64). Zero, with zero gradients, where no row is kept.
 
     Gradients are made in this forward pass, those of the head summed over chunks in fp32; the backward pass scales them
-    in fp32 and rounds once, in place where it can: a second backward then raises.
+    in fp32 and rounds once, in place where it can: a second backward then raises. Those of bf16 hidden states are
+    divided by num_items and rounded here, and again where the backward pass multiplies them by anything but 1.
 
     A label outside [0, V) in a kept row makes the loss NaN on a GPU and raises on a CPU.
 
@@ -253,7 +261,7 @@ def linear_cross_entropy(
     *inputs, dtype = check_inputs(hidden, weight, bias, labels, rows, logit_scale, ignore_index)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(hidden.device, precise(dtype)).clamp(min=1)
+        num_items = num_items.detach().to(hidden.device, precise(dtype), non_blocking=True).clamp(min=1)
     else:
         count = max(1, inputs[-1].shape[0] if num_items is None else num_items)
         num_items = torch.full((), count, dtype=precise(dtype), device=hidden.device)

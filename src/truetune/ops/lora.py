@@ -1,11 +1,12 @@
 """Linear layers that share their input, with LoRA beside any of them: q, k and v; gate and up; o; down.
 
-Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. The adapter's
-product goes into the result first, and the weight's product is added to it by the GEMM itself, so that no pass over the
-result is spent on the sum; FP8 products are summed by `fp8_sum`. A product that goes into the residual stream comes
-first, because the adapter's part is for many steps smaller than half a bf16 place of the stream: rounded onto it before
-the weight's product is there, it would be lost in every element, and the adapter would learn more slowly; in one fp32
-sum of the three it survives on average. LoRA: Hu et al., arXiv:2106.09685.
+Written once over the two products that each kind of weight brings (`Weight`): x @ W.T and dy @ W. On Hopper
+`dense_sum` makes them with all that is added to them, in bf16, and `fp8_sum` in FP8. Elsewhere the adapter's product
+goes into the result first, and the GEMM adds the weight's to it, so that no pass over the result is spent on the sum. A
+product that goes into the residual stream comes first, because the adapter's part is for many steps smaller than half a
+bf16 place of the stream: rounded onto it before the weight's product is there, it would be lost in every element, and
+the adapter would learn more slowly; in one fp32 sum of the three it survives on average. LoRA: Hu et al.,
+arXiv:2106.09685.
 
 Letters of tensor shapes: T tokens, K input features, N output features of one linear, R rank, S the sum of all ranks.
 """
@@ -278,7 +279,7 @@ def _gradients_of_a(dxa_TS: Tensor, x: Tensor | NormedRows, linears: Sequence[Li
     """[S, K] in fp32, not yet times the scaling."""
     if not _drops_out(linears):
         return outer(dxa_TS, x)
-    x_TK = x.make() if isinstance(x, NormedRows) else x
+    x_TK = x.made() if isinstance(x, NormedRows) else x
     parts = [matmul_fp32(dxa_TS[:, ranks].t(), linear.dropped_out(x_TK)) for linear, ranks in _adapted(linears)]
     return torch.cat(parts)
 
@@ -392,7 +393,7 @@ def linears_backward_parameters(
 ) -> list[Tensor | None]:
     """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
     if isinstance(x, NormedRows) and any(linear.weight.trained is not None for linear in linears):
-        x = x.make()
+        x = x.made()
     da_SK = None if adapters is None else _gradients_of_a(adapters.dxa_TS, x, linears)
     gradients: list[Tensor | None] = []
     d_bs = [None] * len(linears) if adapters is None else adapters.d_bs

@@ -40,6 +40,7 @@ if triton is not None:
     def add_low_rank(
         out, x_desc, adapter_desc, t, n, RANK: tl.constexpr, ADAPTER_BY_RANK: tl.constexpr, BLOCK_R: tl.constexpr
     ):
+        """out + x @ b.T, where b lies as [R, N], or else as [N, R]."""
         for start in tl.static_range(0, RANK, BLOCK_R):
             if ADAPTER_BY_RANK:
                 adapter = adapter_desc.load([start, n])
@@ -50,7 +51,7 @@ if triton is not None:
 
     @triton.jit
     def store_sum(out, add_desc, out_desc, t, n, HAS_ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-        """In two halves, which need half of the shared memory."""
+        """Stores out, and what is to be added, in two halves, which need half of the shared memory."""
         left, right = out.reshape(BLOCK_T, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         if HAS_ADD:
             left += add_desc.load([t, n]).to(tl.float32)
@@ -65,14 +66,18 @@ if triton is not None:
 
 
 def tiles_of(tensor: Tensor, *block: int) -> Any:
+    """What a kernel loads tiles of `block` from, or stores them to: a matrix for which `by_tma` holds."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def adapter_fits(low_rank: LowRank | None) -> bool:
-    """b is copied where it must be; a row of it is as long as the rank."""
-    return low_rank is None or (low_rank[1].shape[1] % 8 == 0 and by_tma(low_rank[0]))
+    """b is copied where it must be: a row of it is as long as the rank, or as the result is wide."""
+    if low_rank is None:
+        return True
+    x_TR, b_NR = low_rank
+    return x_TR.dtype == torch.bfloat16 and by_tma(x_TR) and b_NR.shape[0] % 8 == 0 and b_NR.shape[1] % 8 == 0
 
 
 def adapter_tiles(low_rank: LowRank | None, block_t: int, block_n: int, largest: int) -> tuple[Any, Any, dict]:
