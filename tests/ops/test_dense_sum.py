@@ -67,7 +67,8 @@ def test_what_does_not_come_by_tma_is_left_to_others(device):
         ([(x, b)], (low_rank[0][:, :12], low_rank[1][:, :12]), None),
         ([(x, b)], low_rank, randn(device, T, N).float()),
         ([(x, b), (x, b.t().contiguous().t())], low_rank, None),
-        ([(x, b[:, :100])], (low_rank[0], low_rank[1][:100]), None),  # rows of the result
+        ([(x, b[:, :100])], None, randn(device, T, 104)[:, :100]),  # rows of the result
+        ([(x, b)], (low_rank[0], randn(device, 16, N).t()[:100]), None),  # of the adapter by ranks
         ([(x, b)], (low_rank[0].float(), low_rank[1]), None),
         ([(x, b)] * 4, low_rank, None),
         ([(x[:0], b)], low_rank, None),
