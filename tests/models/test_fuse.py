@@ -118,6 +118,14 @@ def test_the_last_layer_gives_only_the_rows_that_the_loss_needs(model_type, trai
     assert errors(only_rows, everywhere).max() < 2e-5
 
 
+def test_a_second_derivative_is_refused():
+    model = with_lora(make("llama"))
+    fuse(model)
+    logits = model(**packed_batch()).logits
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logits.sum(), [p for p in model.parameters() if p.requires_grad], create_graph=True)
+
+
 def test_nearly_all_rows_are_not_taken_out():
     model = make("llama")
     bind_fused_loss(model)

@@ -83,7 +83,13 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _first_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("a fused block has no second derivative: call backward without create_graph=True.")
+
+
 def _once(ctx: Any) -> None:
+    _first_derivative()
     if ctx.done:
         raise RuntimeError("a fused block's saved tensors are gone after its first backward pass: run forward again.")
     ctx.done = True
@@ -298,6 +304,7 @@ class _ProjectOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_KH):
+        _first_derivative()
         x_TN, xa_KS, y_KH, rstd_K = ctx.saved_tensors
         block: ResidualProjection = ctx.block
         dout_KH = _contiguous_rows(dout_KH)
