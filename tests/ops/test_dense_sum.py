@@ -109,3 +109,16 @@ def test_linears_go_through_it_forward_and_backward(device, launches):
     ]
     a = torch.cat([linear.a_RK for linear in linears]).bfloat16()
     assert_rounded_once(dx, torch.stack([*parts, adapters.dxa_TS.double() @ a.double()]))
+
+
+def test_a_gradient_through_dropout_is_one_of_the_terms(device, launches, monkeypatch):
+    linear = Linear(
+        DenseWeight(randn(device, 48, 96)), None, torch.randn(8, 96).to(device), torch.randn(48, 8).to(device)
+    )
+    linear.dropout, linear.seed = 0.5, 7
+    dy, xa = randn(device, T, 48), randn(device, T, 8)
+    ours, _ = linears_backward_input((dy,), xa, (linear,))
+    assert launches == [1]
+    monkeypatch.setattr(lora, "sums_in_one_launch", lambda *_: False)
+    other, _ = linears_backward_input((dy,), xa, (linear,))
+    assert ((ours.double() - other.double()).norm() / other.double().norm()).item() < 2**-7

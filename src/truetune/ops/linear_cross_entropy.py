@@ -177,10 +177,10 @@ def finish_gradients(
     d_hidden_NH = d_weight = d_bias = None
     needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    scale = scale / ctx.gradient_scale
-    weight_scale = scale * ctx.logit_scale if num_items is None else scale * ctx.logit_scale / num_items
+    hidden_scale = weight_scale = scale * (ctx.logit_scale / ctx.gradient_scale)
+    if num_items is not None:  # by which that of hidden is divided, and multiplied by the factor of the logits
+        hidden_scale, weight_scale = scale / ctx.gradient_scale, weight_scale / num_items
     if needs_hidden:
-        hidden_scale = weight_scale if num_items is None else scale
         d_hidden_NH = scale_rows(d_hidden_KH, hidden_scale, rows_K, ctx.num_rows, hidden_dtype)
     if needs_weight and weight_dtype == d_weight_VH.dtype:
         d_weight = d_weight_VH.mul_(weight_scale)  # in place: a second fp32 copy of a head of 128k x 4k is 2 GiB

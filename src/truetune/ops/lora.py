@@ -265,9 +265,7 @@ def _products_with_a(x_TK: Tensor, linears: Sequence[Linear], a_SK: Tensor) -> T
 
 
 def _gradient_through_a(dxa_TS: Tensor, linears: Sequence[Linear], a_SK: Tensor) -> Tensor:
-    """The gradient [T, K] of x down the adapters' way."""
-    if not _drops_out(linears):
-        return dxa_TS @ a_SK
+    """The gradient [T, K] of x down the adapters' way, with dropout."""
     total: Tensor | None = None
     for linear, ranks in _adapted(linears):
         total = linear.dropped_out(dxa_TS[:, ranks] @ a_SK[ranks], total)
@@ -358,6 +356,12 @@ def linears_backward_input(
     if not needs_input:
         return None, adapters
     a_SK = _scaled_a(linears, dys[0].dtype)
+    low_rank = dx_TK = None
+    if adapters is not None and a_SK is not None:
+        if _drops_out(linears):
+            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, a_SK)
+        else:
+            low_rank = (adapters.dxa_TS, a_SK.t())
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
@@ -365,20 +369,15 @@ def linears_backward_input(
             weight.transposed_product(quantized_if_needed(dy, linears, dy8))
             for dy, weight, dy8 in zip(dys, weights, given, strict=True)
         ]
-        low_rank = add_TK = None
-        if adapters is not None and a_SK is not None:
-            if _drops_out(linears):
-                add_TK = _gradient_through_a(adapters.dxa_TS, linears, a_SK)
-            else:
-                low_rank = (adapters.dxa_TS, a_SK.t())
-        return fp8_sum(products, low_rank=low_rank, add_TN=add_TK, dtype=dys[0].dtype), adapters
+        return fp8_sum(products, low_rank=low_rank, add_TN=dx_TK, dtype=dys[0].dtype), adapters
     matrices = [linear.weight.weight_NK for linear in linears if isinstance(linear.weight, DenseWeight)]
-    if len(matrices) == len(linears) and not _drops_out(linears):
+    if len(matrices) == len(linears):
         dense = [(dy_TN, weight_NK.detach()) for dy_TN, weight_NK in zip(dys, matrices, strict=True)]
-        low_rank = None if adapters is None or a_SK is None else (adapters.dxa_TS, a_SK.t())
-        if sums_in_one_launch(dense, low_rank, None):
-            return dense_sum(dense, low_rank=low_rank), adapters
-    dx_TK = None if adapters is None or a_SK is None else _gradient_through_a(adapters.dxa_TS, linears, a_SK)
+        if sums_in_one_launch(dense, low_rank, dx_TK):
+            return dense_sum(dense, low_rank=low_rank, add_TN=dx_TK), adapters
+    if low_rank is not None:
+        dxa_TS, a_KS = low_rank
+        dx_TK = dxa_TS @ a_KS.t()
     for dy_TN, linear in zip(dys, linears, strict=True):
         dx_TK = linear.weight.transposed_times(dy_TN, dx_TK, quantized_if_needed(dy_TN, (linear,)))
     return dx_TK, adapters

@@ -40,7 +40,7 @@ if triton is not None:
     def add_low_rank(
         out, x_desc, adapter_desc, t, n, RANK: tl.constexpr, ADAPTER_BY_RANK: tl.constexpr, BLOCK_R: tl.constexpr
     ):
-        """out + x @ b.T, where b lies as [R, N], or else as [N, R]."""
+        """out + x @ b.T, where b lies as [R, N], or else as [N, R]. Unrolled: of two loops none could be flattened."""
         for start in tl.static_range(0, RANK, BLOCK_R):
             if ADAPTER_BY_RANK:
                 adapter = adapter_desc.load([start, n])
