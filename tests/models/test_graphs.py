@@ -322,7 +322,7 @@ def test_what_cannot_be_captured_says_so(make, model_type, sizes, why):
 
 def test_a_replay_that_differs_is_not_used(make):
     model, twin, graphs = make()
-    capture, graphs.recorder.capture = graphs.recorder.capture, lambda *runs: [SimpleNamespace(replay=int)] * 2
+    capture, graphs.recorder.capture = graphs.recorder.capture, lambda *runs: [SimpleNamespace(replay=int) for _ in runs]
     for seed in range(3):
         assert_alike(step(model, batch(model, [40, 24], seed)), step(twin, batch(twin, [40, 24], seed)))
     assert graphs.replays == 0
@@ -330,14 +330,14 @@ def test_a_replay_that_differs_is_not_used(make):
 
     model, twin, graphs = make()
 
-    def forgetful(forward, backward):
-        (forward_graph, backward_graph), captured = capture(forward, backward), backward.__self__
+    def forgetful(*runs):
+        (*forward_graphs, backward_graph), captured = capture(*runs), runs[-1].__self__
 
         def replay():
             backward_graph.replay()
             captured.gradients[0].zero_()
 
-        return forward_graph, SimpleNamespace(replay=replay)
+        return *forward_graphs, SimpleNamespace(replay=replay)
 
     graphs.recorder.capture = forgetful
     for seed in range(3):

@@ -1,8 +1,8 @@
-"""Fused decoder layers as two CUDA graphs, one of their forward passes and one of their backward passes.
+"""Fused decoder layers as three CUDA graphs: the forward passes of the first, those of the others, all backward ones.
 
 A layer of a small model is over on a GPU before the host has launched it: a 0.6B model's step on 16,384 tokens takes
 117 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
-alone, run once as they are, are captured, and from then on cost the host two launches. The first layer's forward gives
+alone, run once as they are, are captured, and from then on cost the host three launches. The first layer's forward gives
 the result of all of them, and the others pass it on.
 
 A graph has one size, that of the token budget: packs become that long by documents of zeros at their end. It reads and
@@ -12,6 +12,7 @@ as it was when they were captured, they are captured again, or run as they are.
 P: tokens of the graph, T: of a pack, N: documents, H: hidden size, R: rotary size.
 """
 
+import functools
 import logging
 import time
 import weakref
@@ -34,6 +35,7 @@ MOST_CAPTURES = 8  # where the layers change again and again, they run as they a
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
 SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
+FIRST_LAYERS = 2  # in a graph of their own, which is soon launched: the host needs 1.3 ms for 27 layers' one
 _AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
 _STATIC = ("position_embeddings", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -166,7 +168,7 @@ class _Layers(torch.autograd.Function):
 
 
 class _Captured:
-    """The two graphs, and the memory that they read and write."""
+    """The graphs, and the memory that they read and write."""
 
     def __init__(
         self, layers: Sequence[nn.Module], given: Sequence[dict[str, Any]], hidden_1TH: Tensor, tokens: int,
@@ -187,7 +189,8 @@ class _Captured:
         self.trained = list({id(x): x for x in _tensors(blocks) if x.requires_grad}.values())
         self.out_1PH = self.d_hidden_1PH = torch.empty(0)
         self.gradients: list[Tensor | None] = []
-        self._result: Tensor | None = None
+        self._result: Tensor | None = None  # of a forward pass that is on its way, or waits for its backward pass
+        self._masks: dict[int, PackMask] = {}
         self.attention_calls: dict[str, int] = {}
         self.host_bound = False
 
@@ -204,9 +207,18 @@ class _Captured:
 
     # -- the passes, as they are captured
 
-    def forward(self) -> None:
-        hidden, masks = self.hidden_1PH, {}
-        for layer, given in zip(self.layers, self.given, strict=True):
+    def forward_parts(self) -> list[Callable[[], None]]:
+        """The forward pass, in parts that are to run one after the other: the first layers, and the rest."""
+        first, rest = slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)
+        parts = [first, rest] if len(self.layers) > FIRST_LAYERS else [first]
+        return [functools.partial(self._run_layers, part) for part in parts]
+
+    def _run_layers(self, part: slice) -> None:
+        if part.start == 0:
+            self._result, self._masks = self.hidden_1PH, {}
+        hidden, masks = self._result, self._masks
+        assert hidden is not None
+        for layer, given in zip(self.layers[part], self.given[part], strict=True):
             mask = given["attention_mask"]
             if mask is not None and id(mask) not in masks:
                 masks[id(mask)] = PackMask(mask.arguments)  # knows no documents yet
@@ -220,6 +232,10 @@ class _Captured:
             }
             hidden = run_layer(layer, _arguments(given) | static, None, hidden)
         self._result, self.out_1PH = hidden, hidden.detach()
+
+    def forward(self) -> None:
+        for part in self.forward_parts():
+            part()
 
     def backward(self) -> None:
         assert self._result is not None
@@ -243,16 +259,17 @@ class _Captured:
                 seconds = self._seconds(self.forward, self.backward)
                 noise = list(map(_relative_error, self._results(), plain))
             with recorder.aside():
-                self.forward_graph, self.backward_graph = recorder.capture(self.forward, self.backward)
+                graphs = recorder.capture(*self.forward_parts(), self.backward)
+                *self.forward_graphs, self.backward_graph = graphs
         finally:  # none of these is a pass of the training
             attention_calls.clear()
             attention_calls.update(calls)
         for written in (self.out_1PH, self.d_hidden_1PH, *self.gradients):
             if written is not None:
                 written.zero_()
-        self.forward_graph.replay()
+        self.replay_forward()
         self.backward_graph.replay()
-        self.host_bound = seconds > HOST_BOUND * self._seconds(self.forward_graph.replay, self.backward_graph.replay)
+        self.host_bound = seconds > HOST_BOUND * self._seconds(self.replay_forward, self.backward_graph.replay)
         for what, ours, exact, between in zip(("results", "gradients"), self._results(), plain, noise, strict=True):
             error = _relative_error(ours, exact)
             if not error <= max(MOST_ERROR, 3 * between):
@@ -294,6 +311,10 @@ class _Captured:
             self.cu_seq_lens[:documents] = given["cu_seq_lens_q"]
             left = len(self.cu_seq_lens) - documents
             self.cu_seq_lens[documents:] = (length + self.zeros_end[:left]).clamp(max=self.hidden_1PH.shape[1])
+
+    def replay_forward(self) -> None:
+        for graph in self.forward_graphs:
+            graph.replay()
 
     def result(self, hidden_1TH: Tensor) -> Tensor:
         attention_calls.update(self.attention_calls)
@@ -391,7 +412,7 @@ class LayerGraphs:
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_1TH.dtype
         if self._captured is not None and self._captured.has_room(hidden_1TH, given):
             self._captured.fill(hidden_1TH, given)
-            self._captured.forward_graph.replay()
+            self._captured.replay_forward()
             # While the device is at it: what it does now is of no use where something has changed since the last time.
             if self._captured.is_current(hidden_1TH, dtype):
                 return self._replayed(hidden_1TH, self._captured)
@@ -404,7 +425,7 @@ class LayerGraphs:
             torch.cuda.empty_cache()  # of what was captured, which the exception held until here
             logger.warning("The layers run without CUDA graphs: %s.", self.why_off)
             return None
-        self._captured.forward_graph.replay()
+        self._captured.replay_forward()
         return self._replayed(hidden_1TH, self._captured)
 
     def _replayed(self, hidden_1TH: Tensor, captured: _Captured) -> Tensor:

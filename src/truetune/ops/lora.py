@@ -223,19 +223,35 @@ def from_row(linears: Sequence[Linear], first: int) -> list[Linear]:
 # Forward and backward, for the autograd functions of whole blocks
 
 
-def _scaled_a(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
-    """All A matrices times their scaling, one below the other: [S, K] in the activation's dtype."""
+class _Adapters(NamedTuple):
+    """In the activation's dtype: all A matrices times their scaling, one below the other, and each linear's B."""
+
+    a_SK: Tensor
+    bs: list[Tensor | None]
+
+
+def _rounded(linears: Sequence[Linear], dtype: torch.dtype, *, with_b: bool = False) -> _Adapters | None:
+    """None without an adapter. One launch, or two where there are scalings, however many the matrices are."""
     adapted = [linear for linear in linears if linear.a_RK is not None]
     if not adapted:
         return None
-    scalings = {linear.scaling for linear in adapted}
-    parts = [linear.a_RK.detach() for linear in adapted]  # type: ignore[union-attr]
-    if len(scalings) > 1:
-        parts = [part * linear.scaling for part, linear in zip(parts, adapted, strict=True)]
-    a_SK = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if len(scalings) == 1 and scalings != {1.0}:
-        a_SK = a_SK * scalings.pop()
-    return a_SK.to(dtype)
+    parts: list[Tensor] = [linear.a_RK.detach() for linear in adapted]  # type: ignore[union-attr]
+    if any(linear.scaling != 1.0 for linear in adapted):
+        parts = list(torch._foreach_mul(parts, [linear.scaling for linear in adapted]))
+    sources, targets, a_SK = [], [], parts[0]
+    if len(parts) > 1 or a_SK.dtype != dtype:
+        ranks = [len(part) for part in parts]
+        a_SK = torch.empty((sum(ranks), a_SK.shape[1]), dtype=dtype, device=a_SK.device)
+        sources, targets = parts, list(a_SK.split(ranks))
+    bs: list[Tensor | None] = [None if linear.b_NR is None else linear.b_NR.detach() for linear in linears]
+    for index, b_NR in enumerate(bs):
+        if with_b and b_NR is not None and b_NR.dtype != dtype:
+            sources.append(b_NR)
+            bs[index] = torch.empty(b_NR.shape, dtype=dtype, device=b_NR.device)
+            targets.append(bs[index])
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return _Adapters(a_SK, bs)
 
 
 def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
@@ -290,8 +306,8 @@ def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantize
 
 def products_with_adapters(x_TK: Tensor, linears: Sequence[Linear]) -> Tensor | None:
     """scaling * x @ A.T [T, S] of all adapters, in the dtype of x; None without one."""
-    a_SK = _scaled_a(linears, x_TK.dtype)
-    return None if a_SK is None else _products_with_a(x_TK, linears, a_SK)
+    adapters = _rounded(linears, x_TK.dtype)
+    return None if adapters is None else _products_with_a(x_TK, linears, adapters.a_SK)
 
 
 def linears_forward(
@@ -305,13 +321,13 @@ def linears_forward(
 
     `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
     """
-    xa_TS = products_with_adapters(x_TK, linears)
+    adapters = _rounded(linears, x_TK.dtype, with_b=True)
+    xa_TS = None if adapters is None else _products_with_a(x_TK, linears, adapters.a_SK)
+    bs = [None] * len(linears) if adapters is None else adapters.bs
     quantized = quantized_if_needed(x_TK, linears, quantized)
     results = []
-    for linear, ranks in zip(linears, _rank_slices(linears), strict=True):
-        low_rank = None
-        if linear.b_NR is not None and xa_TS is not None:
-            low_rank = (xa_TS[:, ranks], linear.b_NR.detach())
+    for linear, b_NR, ranks in zip(linears, bs, _rank_slices(linears), strict=True):
+        low_rank = None if b_NR is None or xa_TS is None else (xa_TS[:, ranks], b_NR)
         out = linear.weight.times(x_TK, quantized, low_rank, residual_TN)
         results.append(out if linear.bias_N is None else out.add_(linear.bias_N.detach()))
     return results, xa_TS
@@ -355,13 +371,13 @@ def linears_backward_input(
     adapters = _through_b(dys, xa_TS, linears)
     if not needs_input:
         return None, adapters
-    a_SK = _scaled_a(linears, dys[0].dtype)
+    rounded = _rounded(linears, dys[0].dtype)
     low_rank = dx_TK = None
-    if adapters is not None and a_SK is not None:
+    if adapters is not None and rounded is not None:
         if _drops_out(linears):
-            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, a_SK)
+            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, rounded.a_SK)
         else:
-            low_rank = (adapters.dxa_TS, a_SK.t())
+            low_rank = (adapters.dxa_TS, rounded.a_SK.t())
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)

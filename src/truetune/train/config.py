@@ -23,7 +23,7 @@ class SFTConfig(trl.SFTConfig):
         rest is recomputed), "offload" (nothing is recomputed, what does not fit goes to the host), "auto" (the fastest
         mix that fits), or the path of a plan that a run saved (activation_plan.json). `gradient_checkpointing=False`
         means "keep"; `gradient_checkpointing_kwargs` and `activation_offloading` select TRL's own mechanisms instead.
-    cuda_graphs: on a GPU, run all fused layers but the last as two CUDA graphs where everything is kept, so that the
+    cuda_graphs: on a GPU, run all fused layers but the last as CUDA graphs where everything is kept, so that the
         device does not wait for the host. Short packs run beside them, and need room for their activations. Not in
         several processes, with padded batches, with dropout in adapters, or with deterministic algorithms; the report
         says why where there are none.
