@@ -271,6 +271,24 @@ def test_where_the_host_is_what_they_wait_for_short_packs_are_filled_up_too(make
     assert graphs.replays == 4  # not the first, and none whose document is longer than those that were promised
 
 
+@pytest.mark.parametrize("short", [4, 128])
+@pytest.mark.parametrize("lengths", [[32, 32], [40, 20], [12], [1] * 3 + [40], [1] * 60])
+def test_documents_of_zeros_are_as_short_as_there_is_room_for(make, monkeypatch, short, lengths):
+    monkeypatch.setattr("truetune.models.graphs.SHORT_DOCUMENT", short)
+    model, _, graphs = make()
+    for seed in range(2):
+        step(model, batch(model, [40, 24], seed))
+    captured, given = graphs._captured, batch(model, lengths)
+    hidden, angles = (torch.zeros(1, sum(lengths), width, device=model.device) for width in (64, 16))
+    captured.fill(hidden, given | {"position_embeddings": (angles, angles)})
+    filled = captured.cu_seq_lens.diff().tolist()
+    assert filled[: len(lengths)] == lengths
+    zeros, slots = filled[len(lengths) :], len(filled) - len(lengths)
+    left = TOKENS - sum(lengths)
+    assert sum(zeros) == left
+    assert max(zeros) <= min(LONGEST, max(short, -(-left // slots)))
+
+
 def test_packs_of_many_documents_are_captured_again(make, monkeypatch):
     monkeypatch.setattr("truetune.models.graphs.SPARE_DOCUMENTS", 0)
     model, twin, graphs = make()
@@ -322,7 +340,10 @@ def test_what_cannot_be_captured_says_so(make, model_type, sizes, why):
 
 def test_a_replay_that_differs_is_not_used(make):
     model, twin, graphs = make()
-    capture, graphs.recorder.capture = graphs.recorder.capture, lambda *runs: [SimpleNamespace(replay=int) for _ in runs]
+    capture, graphs.recorder.capture = (
+        graphs.recorder.capture,
+        lambda *runs: [SimpleNamespace(replay=int) for _ in runs],
+    )
     for seed in range(3):
         assert_alike(step(model, batch(model, [40, 24], seed)), step(twin, batch(twin, [40, 24], seed)))
     assert graphs.replays == 0

@@ -73,7 +73,9 @@ def test_changes_are_seen(model, change):
     assert all(parameter.grad is None for parameter in by_class)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
+)
 def test_a_copy_has_its_own_modules(model, copied):
     other = copied(model)
     other.eval()

@@ -28,11 +28,12 @@ POINTERS = {
     "absmax_ptr": "*u8", "code_ptr": "*fp32", "absmax_code_ptr": "*fp32", "absmax_absmax_ptr": "*fp32",
     "offset_ptr": "*fp32", "adapter_ptr": "*fp32", "labels_ptr": "*i64", "z_label_ptr": "*fp32", "sums_ptr": "*fp32",
     "state_ptr": "*fp32", "d_hidden_ptr": "*fp32", "divisor_ptr": "*fp32", "parts_ptr": "*fp32",
+    **dict.fromkeys([f"matrix{i}_ptr" for i in range(6)], "*fp32"),
     **dict.fromkeys([f"{side}{i}_scale_ptr" for side in "ab" for i in range(3)], "*fp32"),
 }  # fmt: skip
 COUNTS = {
     "V", "K", "T", "C", "S", "first_col", "blocks", "size", "num_pairs", "programs", "rows", "dx_parts", "db_parts",
-    "dx_blocks",
+    "dx_blocks", *(f"end{i}" for i in range(6)),
 }  # fmt: skip
 WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span", "dx_size", "db_size"}
 
@@ -234,6 +235,10 @@ def of_linears() -> list[Kernel]:
             for products, flat in ((1, True), (1, False), (2, False), (3, False))
             for rank in ((0, 32) if flat else (16, 256))
             for by_k in (False, True)
+        ),
+        *(
+            Kernel("rounding", "_round_kernel", 4, {"MATRICES": matrices, "BLOCK": 1024}, wide=False)
+            for matrices in range(1, 7)
         ),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | {"NESTED": True}, wide=False),
         Kernel("nf4", "_dequantize_kernel", 8, nf4 | plain_nf4 | {"NESTED": False}, wide=False),

@@ -2,8 +2,8 @@
 
 A layer of a small model is over on a GPU before the host has launched it: a 0.6B model's step on 16,384 tokens takes
 117 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
-alone, run once as they are, are captured, and from then on cost the host three launches. The first layer's forward gives
-the result of all of them, and the others pass it on.
+alone, run once as they are, are captured, and from then on cost the host three launches. The first layer's forward
+gives the result of all of them, and the others pass it on.
 
 A graph has one size, that of the token budget: packs become that long by documents of zeros at their end. It reads and
 writes the same memory each time: what the parts of all layers are is read anew at every call, and where anything is not
@@ -35,6 +35,7 @@ MOST_CAPTURES = 8  # where the layers change again and again, they run as they a
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
 SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
+SHORT_DOCUMENT = 128  # tokens: a shorter one takes attention no less time
 FIRST_LAYERS = 2  # in a graph of their own, which is soon launched: the host needs 1.3 ms for 27 layers' one
 _AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
@@ -182,7 +183,7 @@ class _Captured:
         self.dout_1PH = torch.zeros_like(self.hidden_1PH)
         self.cos_1PR, self.sin_1PR = (cos_1TR.new_zeros((1, tokens, cos_1TR.shape[2])) for _ in range(2))
         self.cu_seq_lens = torch.full((documents + 1,), tokens, dtype=torch.int32, device=hidden_1TH.device)
-        self.zeros_end = longest * torch.arange(1, documents + 2, dtype=torch.int32, device=hidden_1TH.device)
+        self.numbers = torch.arange(1, documents + 2, dtype=torch.int32, device=hidden_1TH.device)
         blocks = _blocks(layers, dtype)
         self.state = self._state_of(blocks, hidden_1TH, dtype)
         self.read = [x.detach() for x in _tensors(blocks)]  # a replay may come before what is new is seen
@@ -309,8 +310,10 @@ class _Captured:
             for static, now in zip((self.cos_1PR, self.sin_1PR), given["position_embeddings"], strict=True):
                 static[:, :length] = now
             self.cu_seq_lens[:documents] = given["cu_seq_lens_q"]
-            left = len(self.cu_seq_lens) - documents
-            self.cu_seq_lens[documents:] = (length + self.zeros_end[:left]).clamp(max=self.hidden_1PH.shape[1])
+            tokens, left = self.hidden_1PH.shape[1], len(self.cu_seq_lens) - documents
+            # As short as there is room for, but `SHORT_DOCUMENT`.
+            zeros = max(-(-(tokens - length) // max(1, left)), min(SHORT_DOCUMENT, self.longest))
+            self.cu_seq_lens[documents:] = (length + zeros * self.numbers[:left]).clamp(max=tokens)
 
     def replay_forward(self) -> None:
         for graph in self.forward_graphs:

@@ -32,6 +32,7 @@ from truetune.ops.low_rank import (
     project,
 )
 from truetune.ops.nf4 import dequantize_nf4
+from truetune.ops.rounding import rounded
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights
@@ -231,27 +232,20 @@ class _Adapters(NamedTuple):
 
 
 def _rounded(linears: Sequence[Linear], dtype: torch.dtype, *, with_b: bool = False) -> _Adapters | None:
-    """None without an adapter. One launch, or two where there are scalings, however many the matrices are."""
+    """None without an adapter; not `with_b`, B stays as it is."""
     adapted = [linear for linear in linears if linear.a_RK is not None]
     if not adapted:
         return None
     parts: list[Tensor] = [linear.a_RK.detach() for linear in adapted]  # type: ignore[union-attr]
-    if any(linear.scaling != 1.0 for linear in adapted):
-        parts = list(torch._foreach_mul(parts, [linear.scaling for linear in adapted]))
-    sources, targets, a_SK = [], [], parts[0]
-    if len(parts) > 1 or a_SK.dtype != dtype:
-        ranks = [len(part) for part in parts]
-        a_SK = torch.empty((sum(ranks), a_SK.shape[1]), dtype=dtype, device=a_SK.device)
-        sources, targets = parts, list(a_SK.split(ranks))
+    factors = [linear.scaling for linear in adapted]
     bs: list[Tensor | None] = [None if linear.b_NR is None else linear.b_NR.detach() for linear in linears]
-    for index, b_NR in enumerate(bs):
-        if with_b and b_NR is not None and b_NR.dtype != dtype:
-            sources.append(b_NR)
-            bs[index] = torch.empty(b_NR.shape, dtype=dtype, device=b_NR.device)
-            targets.append(bs[index])
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    return _Adapters(a_SK, bs)
+    wide = [b_NR for b_NR in bs if with_b and b_NR is not None and b_NR.dtype != dtype]
+    if len(parts) == 1 and parts[0].dtype == dtype and factors == [1.0] and not wide:
+        return _Adapters(parts[0], bs)
+    flat = rounded([*parts, *wide], [*factors, *[1.0] * len(wide)], dtype)
+    a, *others = flat.split([sum(part.numel() for part in parts), *(b_NR.numel() for b_NR in wide)])
+    narrow = {id(b_NR): other.view(b_NR.shape) for b_NR, other in zip(wide, others, strict=True)}
+    return _Adapters(a.view(-1, parts[0].shape[1]), [narrow.get(id(b_NR), b_NR) for b_NR in bs])
 
 
 def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
@@ -371,13 +365,13 @@ def linears_backward_input(
     adapters = _through_b(dys, xa_TS, linears)
     if not needs_input:
         return None, adapters
-    rounded = _rounded(linears, dys[0].dtype)
+    matrices = _rounded(linears, dys[0].dtype)
     low_rank = dx_TK = None
-    if adapters is not None and rounded is not None:
+    if adapters is not None and matrices is not None:
         if _drops_out(linears):
-            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, rounded.a_SK)
+            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, matrices.a_SK)
         else:
-            low_rank = (adapters.dxa_TS, rounded.a_SK.t())
+            low_rank = (adapters.dxa_TS, matrices.a_SK.t())
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
