@@ -289,6 +289,16 @@ def test_documents_of_zeros_are_as_short_as_there_is_room_for(make, monkeypatch,
     assert max(zeros) <= min(LONGEST, max(short, -(-left // slots)))
 
 
+@pytest.mark.parametrize(("promised", "room"), [(None, 2 * 2 + 64), (1, 2 * 2 + 64), (2, 2), (60, 60), (500, 68)])
+def test_as_many_documents_fit_as_were_promised(make, promised, room):
+    model, _, graphs = make()
+    graphs.documents = promised
+    for seed in range(2):
+        step(model, batch(model, [40, 24], seed))
+    of_zeros = 2
+    assert len(graphs._captured.cu_seq_lens) - 1 == room + of_zeros
+
+
 def test_packs_of_many_documents_are_captured_again(make, monkeypatch):
     monkeypatch.setattr("truetune.models.graphs.SPARE_DOCUMENTS", 0)
     model, twin, graphs = make()

@@ -83,6 +83,7 @@ def test_losses_are_the_same_with_graphs(make, made, peft):
     assert made[0].why_off is None
     assert made[0].replays == 2 * 6 - 1
     assert made[0].captures == 1
+    assert made[0].documents == 4
     tolerance = 3e-2 if CUDA else 1e-5
     assert ours == [pytest.approx(entry, rel=tolerance) for entry in plain]
     receipt = [check.verdict for check in trainer.proof.checks if check.name in ("trained tensors", "frozen tensors")]

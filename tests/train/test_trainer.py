@@ -345,3 +345,18 @@ def test_trained_token_rows_reach_the_head(make, tokenizer, tied):
     assert torch.equal(head.weight[5:8], torch.full_like(head.weight[5:8], 0.5))
     trainer.train()
     assert trainer.report.fused_losses == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"packing": True}, {"packing": True, "packing_strategy": "wrapped"}, {"padding_free": True, "max_length": None}],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_most_documents_of_a_batch_are_known_before_it_is_read(make, fields, batch_size):
+    trainer = make({"max_length": 256, "per_device_train_batch_size": batch_size} | fields)
+    documents = [len(batch["cu_seq_lens_q"]) - 1 for batch in trainer.get_train_dataloader()]
+    most = trainer.most_documents()
+    assert max(documents) <= most
+    if batch_size == 1 or "packing" not in fields:
+        assert max(documents) == most

@@ -352,15 +352,19 @@ def _relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 class LayerGraphs:
     """Layers that are fused and keep everything, all but the model's last, as CUDA graphs of `tokens` tokens.
 
-    `longest`: of all documents. `shortest`: packs with fewer tokens run as they are, unless the host is what they would
-    wait for. The first pack is run layer by layer, to learn what the model gives each of its layers; the next one is
-    captured before it is run, and so is one with many more documents. `why_off`: where that failed, or cannot be had.
-    `recorder` makes the graphs.
+    `longest`: of all documents. `documents`: the most of a pack, where that is known. `shortest`: packs with fewer
+    tokens run as they are, unless the host is what they would wait for. The first pack is run layer by layer, to learn
+    what the model gives each of its layers; the next one is captured before it is run, and so is one with many more
+    documents. `why_off`: where that failed, or cannot be had. `recorder` makes the graphs.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], tokens: int, longest: int, shortest: int, recorder: Any) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], tokens: int, longest: int, shortest: int, recorder: Any,
+        documents: int | None = None,
+    ) -> None:  # fmt: skip
         self.layers, self.recorder = list(layers), recorder
         self.tokens, self.longest, self.shortest = tokens, min(longest, tokens), shortest
+        self.documents = documents
         self.replays = self.captures = 0
         self.why_off: str | None = None
         self._numbers = {id(layer): number for number, layer in enumerate(layers)}
@@ -447,6 +451,14 @@ class LayerGraphs:
         fits = shortest <= hidden_1TH.shape[1] <= self.tokens and longest <= self.longest
         return fits and (turn is None or turn.done) and (captured is None or captured.has_arguments(given))
 
+    def _room(self, documents: int) -> int:
+        """For how many documents a graph is made for a pack that has so many. Those that stay empty cost attention half
+        a microsecond each in every layer."""
+        room = 2 * documents + SPARE_DOCUMENTS
+        if self.documents is not None and self.documents >= documents:
+            room = min(room, self.documents)
+        return room + -(-self.tokens // self.longest)  # of zeros
+
     def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:
         """Raises `NotCapturable` where the layers cannot be captured."""
         first, *others = self._given
@@ -459,8 +471,8 @@ class LayerGraphs:
         self.captures += 1
         if self.captures > MOST_CAPTURES:
             raise NotCapturable("its layers change again and again")
-        documents = 2 * len(given["cu_seq_lens_q"]) + SPARE_DOCUMENTS + -(-self.tokens // self.longest)
-        captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, documents, dtype)
+        room = self._room(len(given["cu_seq_lens_q"]) - 1)
+        captured = _Captured(self.layers, self._given, hidden_1TH, self.tokens, self.longest, room, dtype)
         if not captured.trained and not hidden_1TH.requires_grad:
             raise NotCapturable("nothing in its layers is trained")
         captured.fill(hidden_1TH, given)

@@ -40,6 +40,21 @@ def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
     return order[:count].tolist()
 
 
+def most_documents(dataset: Any, batch_size: int) -> int | None:
+    """Of the rows with most; None where they cannot be known unread. TRL's packing says of each row what it holds, and
+    any other row is one document."""
+    lengths = row_lengths(dataset)
+    if lengths is None:
+        return None
+    if "seq_lengths" not in dataset.column_names:
+        return batch_size
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow").select_columns(["seq_lengths"])[:]
+    counts = pc.list_value_length(table["seq_lengths"]).to_numpy()
+    return int(counts[longest(counts, batch_size)].sum())
+
+
 def planned_steps(args: Any, rows: int | None, batch_size: int) -> int | None:
     """Optimizer steps as Transformers counts them; an epoch has `rows`, of which a rank takes `batch_size` at once."""
     if args.max_steps > 0 or rows is None:

@@ -101,6 +101,13 @@ class RecipeTrainer(SFTTrainer):
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
 
+    def most_documents(self) -> int | None:
+        """In every epoch: documents of as many tokens take each other's places."""
+        if not self._pack or isinstance(self.train_dataset, datasets.IterableDataset):
+            return super().most_documents()
+        counts = [len(pack) for pack in self._sampler(self.train_dataset, self._seed)]
+        return sum(sorted(counts)[-self._train_batch_size :])
+
     def _rows_an_epoch(self) -> int | None:
         dataset = self.train_dataset
         packs: Any = None if isinstance(dataset, datasets.IterableDataset) else self._sampler(dataset, self._seed)

@@ -36,6 +36,7 @@ from truetune.train.batches import (
     evaluation_documents,
     has_trl_collator,
     loads_without_effects,
+    most_documents,
     planned_steps,
     row_lengths,
     unpadding,
@@ -202,6 +203,10 @@ class SFTTrainer(QuietTrainer):
         """As the data loader would give it; None where the lengths of the data are not known before it is read."""
         dataset = self.eval_dataset if evaluation else self.train_dataset
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
+
+    def most_documents(self) -> int | None:
+        """Of a micro-batch, where that is known before the data is read."""
+        return most_documents(self.train_dataset, self._train_batch_size)
 
     def planned_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where the data has no length."""
