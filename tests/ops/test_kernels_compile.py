@@ -35,7 +35,7 @@ COUNTS = {
     "V", "K", "T", "C", "S", "first_col", "blocks", "size", "num_pairs", "programs", "rows", "dx_parts", "db_parts",
     "dx_blocks", *(f"end{i}" for i in range(6)),
 }  # fmt: skip
-WIDTHS = {"H", "N", "K0", "K1", "K2", "width", "span", "dx_size", "db_size"}
+WIDTHS = {"H", "N", "K0", "K1", "K2", "K3", "width", "span", "dx_size", "db_size"}
 
 
 class Kernel(NamedTuple):
@@ -163,12 +163,24 @@ def of_rope() -> list[Kernel]:
     ]
 
 
+def outer(ranks: list[int], *, normed: bool, by_rank: bool = True) -> dict[str, Any]:
+    module = import_module("truetune.ops.low_rank")
+    missing = range(len(ranks), 4)
+    return {
+        "BY_RANK": by_rank, "BLOCK_R0": ranks[0], "BLOCK_R": max(16, *ranks), "BLOCK_K": module._OUTER_K,
+        "BLOCK_T0": module.outer_rows(2), "BLOCK_T": module.outer_rows(2),
+        **{f"RANKS{i}": rank for i, rank in enumerate(ranks)},
+        **dict.fromkeys([f"RANKS{i}" for i in missing], 0),
+        **dict.fromkeys([f"{name}{i}_ptr" for i in missing for name in "dx"]),
+        **({} if normed else {"rstd_ptr": None, "weight_ptr": None}),
+    }  # fmt: skip
+
+
 def of_linears() -> list[Kernel]:
     module = import_module("truetune.ops.low_rank")
     low_rank = {"BLOCK_T": 32, "BLOCK_N": 128, "add1_ptr": None, "add2_ptr": None}
     d_low_rank = {"BLOCK_T": module._BACKWARD_T, "BLOCK_N": module._BACKWARD_N}
     project = {"BLOCK_T": module._PROJECT_T, "BLOCK_K": module._PROJECT_K}
-    outer = {"BLOCK_T": module.outer_rows(2), "BLOCK_K": module._OUTER_K}
     nf4 = {"BLOCK_SIZE": 64, "NESTED_SIZE": 256, "PAIRS": 2048}
     plain_nf4 = dict.fromkeys(("absmax_code_ptr", "absmax_absmax_ptr", "offset_ptr"))
     return [
@@ -194,19 +206,13 @@ def of_linears() -> list[Kernel]:
         ),
         Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
         *(
-            Kernel(
-                "low_rank",
-                name,
-                4,
-                tile | {"RANKS": ranks, "BLOCK_R": ranks, **absent},
-                wide=False,
-                targets=range(90, 91),
-            )
+            Kernel("low_rank", name, 4, constants, wide=False, targets=range(90, 91))
             for ranks in (16, 64)
-            for name, tile, absent in (
-                ("_project_kernel", project, {}),
-                ("_outer_kernel", outer, {"BY_RANK": False, "rstd_ptr": None, "weight_ptr": None}),
-                ("_outer_kernel", outer, {"BY_RANK": True}),
+            for name, constants in (
+                ("_project_kernel", project | {"RANKS": ranks, "BLOCK_R": ranks}),
+                ("_outer_kernel", outer([ranks], normed=False, by_rank=False)),
+                ("_outer_kernel", outer([ranks], normed=True)),
+                ("_outer_kernel", outer([ranks, 16, ranks, ranks], normed=True)),
             )
         ),
         *(

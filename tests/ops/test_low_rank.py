@@ -5,7 +5,7 @@ import torch
 
 from truetune.ops import low_rank
 from truetune.ops.backend import use_kernels
-from truetune.ops.low_rank import NormedRows, low_rank_backward, low_rank_product, outer, project
+from truetune.ops.low_rank import NormedRows, low_rank_backward, low_rank_product, outer, outers, project
 from truetune.ops.rms_norm import rms_norm_forward
 
 
@@ -28,9 +28,9 @@ def test_low_rank_product_writes_every_place_of_strided_tensors(device, rank):
 @pytest.fixture
 def in_one_pass(monkeypatch):
     """How many gradients were read once, by programs for as many rows as on a small GPU."""
-    passes, pays = [], low_rank._one_pass_pays
+    passes, pays = [], low_rank.one_pass_pays
     monkeypatch.setattr(low_rank, "num_multiprocessors", lambda _: 7)
-    monkeypatch.setattr(low_rank, "_one_pass_pays", lambda *tensors: passes.append(pays(*tensors)) or passes[-1])
+    monkeypatch.setattr(low_rank, "one_pass_pays", lambda *tensors: passes.append(pays(*tensors)) or passes[-1])
     return passes
 
 
@@ -111,6 +111,31 @@ def test_outer_product_sums_over_rows_in_fp32(device, rows, width, ranks, stream
     for out in (outer(d, given), outer(d, given, by_rank=False).t()):
         assert kernels.pop() is (ranks <= 64 and use_kernels(d))
         assert out.dtype == torch.float32 and error(out, exact) < (1e-5 if stream is None else 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("ranks", [(16, 8), (48, 16, 3, 32), (16, 65), (4, 4, 4, 4, 4)], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_several_outer_products_are_those_made_one_by_one(device, rows, ranks, normed, kernels, empty_is_nan):
+    d, *others = (
+        (torch.randn(rows, rank + 5, device=device).bfloat16()[:, 5:], torch.randn(rows, width, device=device))
+        for rank, width in zip(ranks, (200, 96, 72, 130, 64), strict=False)
+    )
+    others = [(d_TR, x_TN.bfloat16()) for d_TR, x_TN in others]
+    x = d[1].float()
+    if normed:
+        weight = torch.randn(x.shape[1], device=device)
+        done = rms_norm_forward(x, weight, 1e-6, offset=0.0, out_dtype=torch.bfloat16)
+        given = NormedRows(x, done.rstd_T, weight, 0.0, lambda _: done.y)
+        x = done.y
+    else:
+        given = x = x.bfloat16()
+    first, *rest = outers(d[0], given, others)
+    assert kernels == [] if len(ranks) == 5 else all(kernels) is (max(ranks) <= 64 and use_kernels(x))
+    assert error(first, d[0].double().t() @ x.double()) < (1e-4 if normed else 1e-5)
+    for made, (d_TR, x_TN) in zip(rest, others, strict=True):
+        assert made.dtype == torch.float32
+        assert error(made, x_TN.double().t() @ d_TR.double()) < 1e-5
 
 
 def test_outer_product_is_the_same_twice_to_the_bit_and_of_no_rows_zero(device):

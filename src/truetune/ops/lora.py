@@ -28,7 +28,9 @@ from truetune.ops.low_rank import (
     low_rank_backward,
     low_rank_product,
     matmul_fp32,
+    one_pass_pays,
     outer,
+    outers,
     project,
 )
 from truetune.ops.nf4 import dequantize_nf4
@@ -283,13 +285,15 @@ def _gradient_through_a(dxa_TS: Tensor, linears: Sequence[Linear], a_SK: Tensor)
     return total
 
 
-def _gradients_of_a(dxa_TS: Tensor, x: Tensor | NormedRows, linears: Sequence[Linear]) -> Tensor:
-    """[S, K] in fp32, not yet times the scaling."""
+def _gradients_of_a(
+    dxa_TS: Tensor, x: Tensor | NormedRows, linears: Sequence[Linear], of_b: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """[S, K] in fp32, not yet times the scaling; and dy.T @ xa [N, R] of every xa and dy in `of_b`."""
     if not _drops_out(linears):
-        return outer(dxa_TS, x)
+        return outers(dxa_TS, x, of_b)
     x_TK = x.made() if isinstance(x, NormedRows) else x
     parts = [matmul_fp32(dxa_TS[:, ranks].t(), linear.dropped_out(x_TK)) for linear, ranks in _adapted(linears)]
-    return torch.cat(parts)
+    return [torch.cat(parts), *(outer(xa_TR, dy_TN, by_rank=False) for xa_TR, dy_TN in of_b)]
 
 
 def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantized | None = None) -> Quantized | None:
@@ -317,7 +321,7 @@ def linears_forward(
     """
     adapters = _rounded(linears, x_TK.dtype, with_b=True)
     xa_TS = None if adapters is None else _products_with_a(x_TK, linears, adapters.a_SK)
-    bs = [None] * len(linears) if adapters is None else adapters.bs
+    bs: list[Tensor | None] = [None] * len(linears) if adapters is None else adapters.bs
     quantized = quantized_if_needed(x_TK, linears, quantized)
     results = []
     for linear, b_NR, ranks in zip(linears, bs, _rank_slices(linears), strict=True):
@@ -339,10 +343,11 @@ def _through_b(dys: Sequence[Tensor], xa_TS: Tensor | None, linears: Sequence[Li
     for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
         d_b = None
         if linear.b_NR is not None:
-            if xa_TS is None:
-                dxa_TR = project(dy_TN, linear.b_NR.detach().t())
+            b_NR = linear.b_NR.detach()
+            if xa_TS is not None and one_pass_pays(dy_TN, b_NR, xa_TS[:, ranks]):
+                dxa_TR, d_b = low_rank_backward(dy_TN, b_NR, xa_TS[:, ranks])
             else:
-                dxa_TR, d_b = low_rank_backward(dy_TN, linear.b_NR.detach(), xa_TS[:, ranks])
+                dxa_TR = project(dy_TN, b_NR.t())
             parts.append(dxa_TR)
         d_bs.append(d_b)
     if not parts:
@@ -365,13 +370,13 @@ def linears_backward_input(
     adapters = _through_b(dys, xa_TS, linears)
     if not needs_input:
         return None, adapters
-    matrices = _rounded(linears, dys[0].dtype)
+    own = _rounded(linears, dys[0].dtype)
     low_rank = dx_TK = None
-    if adapters is not None and matrices is not None:
+    if adapters is not None and own is not None:
         if _drops_out(linears):
-            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, matrices.a_SK)
+            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, own.a_SK)
         else:
-            low_rank = (adapters.dxa_TS, matrices.a_SK.t())
+            low_rank = (adapters.dxa_TS, own.a_SK.t())
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
@@ -403,10 +408,18 @@ def linears_backward_parameters(
     """The gradients of `linear.tensors()`, linear by linear; None where nothing is trained."""
     if isinstance(x, NormedRows) and any(linear.weight.trained is not None for linear in linears):
         x = x.made()
-    da_SK = None if adapters is None else _gradients_of_a(adapters.dxa_TS, x, linears)
+    slices = _rank_slices(linears)
+    da_SK: Tensor | None = None
+    d_bs: list[Tensor | None] = [None] * len(linears)
+    if adapters is not None and xa_TS is not None:
+        d_bs = list(adapters.d_bs)
+        missing = [i for i, linear in enumerate(linears) if linear.b_NR is not None and d_bs[i] is None]
+        of_b = [(xa_TS[:, slices[i]], dys[i]) for i in missing]
+        da_SK, *made = _gradients_of_a(adapters.dxa_TS, x, linears, of_b)
+        for i, gradient in zip(missing, made, strict=True):
+            d_bs[i] = gradient
     gradients: list[Tensor | None] = []
-    d_bs = [None] * len(linears) if adapters is None else adapters.d_bs
-    for dy_TN, d_b, linear, ranks in zip(dys, d_bs, linears, _rank_slices(linears), strict=True):
+    for dy_TN, d_b, linear, ranks in zip(dys, d_bs, linears, slices, strict=True):
         d_weight = d_bias = d_a = None
         if (weight := linear.weight.trained) is not None:
             # In the weight's dtype: a bf16 weight has a bf16 gradient, as without fusing.
@@ -416,6 +429,5 @@ def linears_backward_parameters(
             d_bias = dy_TN.sum(0, dtype=torch.float32 if dy_TN.dtype != torch.float64 else None)
         if linear.a_RK is not None and xa_TS is not None and da_SK is not None:
             d_a = da_SK[ranks] if linear.scaling == 1.0 else da_SK[ranks] * linear.scaling
-            d_b = outer(xa_TS[:, ranks], dy_TN, by_rank=False) if d_b is None else d_b
         gradients += [d_weight, d_bias, d_a, d_b]
     return gradients

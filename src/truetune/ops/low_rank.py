@@ -26,6 +26,7 @@ _MOST_RANKS = 64  # a tile's sum is as wide; with more, a GEMM
 _LEAST_ROWS = 4096  # one program for 64 rows
 _PROJECT_T, _PROJECT_K = 64, 128  # tiles of x for x @ a.T
 _OUTER_K = 64  # columns of x for d.T @ x
+_MOST_OUTER = 4  # such products in one launch
 
 LowRank = tuple[Tensor, Tensor]  # x_TR and b_NR, for x @ b.T
 
@@ -105,15 +106,14 @@ if triton is not None:
             mask=(row < T) & (rank < RANKS)[None, :],
         )
 
-    @triton.jit(do_not_specialize=["T", "rows"])
-    def _outer_kernel(
-        d_ptr, x_ptr, rstd_ptr, weight_ptr, parts_ptr, T, K, rows, d_stride, x_stride, offset,
+    @triton.jit
+    def _outer_part(
+        d_ptr, x_ptr, rstd_ptr, weight_ptr, parts_ptr, block, T, K, rows, d_stride, x_stride, offset,
         RANKS: tl.constexpr, BY_RANK: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """A program has a block of x's columns and `rows` of its rows, and writes its part of the sum."""
-        block_k, block_rows = tl.program_id(0), tl.program_id(1)
-        col, rank = block_k * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+        block_rows = tl.program_id(1)
+        col, rank = block * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
         if rstd_ptr is not None:
             weight = offset + tl.load(weight_ptr + col, mask=col < K, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -127,11 +127,51 @@ if triton is not None:
                 rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
                 x = x.to(tl.float32) * rstd[:, None] * weight[None, :]
             total = tl.dot(d.T, x.to(d.dtype), total)
-        if BY_RANK:
-            place = (block_rows.to(tl.int64) * RANKS + rank)[:, None] * K + col[None, :]
-        else:
-            place = (block_rows.to(tl.int64) * K + col)[None, :] * RANKS + rank[:, None]
+        place = rank[:, None] * K + col[None, :] if BY_RANK else col[None, :] * RANKS + rank[:, None]
         tl.store(parts_ptr + place, total, mask=(rank < RANKS)[:, None] & (col < K)[None, :])
+
+    @triton.jit(do_not_specialize=["T", "rows"])
+    def _outer_kernel(
+        d0_ptr, x0_ptr, d1_ptr, x1_ptr, d2_ptr, x2_ptr, d3_ptr, x3_ptr, rstd_ptr, weight_ptr, parts_ptr,
+        T, rows, K0, K1, K2, K3,
+        d0_stride, x0_stride, d1_stride, x1_stride, d2_stride, x2_stride, d3_stride, x3_stride, offset,
+        RANKS0: tl.constexpr, RANKS1: tl.constexpr, RANKS2: tl.constexpr, RANKS3: tl.constexpr, BY_RANK: tl.constexpr,
+        BLOCK_R0: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """A program has a block of columns of one x and `rows` of its rows, and writes its part of the sum. The first x
+        may be normed on the way; of products that are missing RANKS is 0."""
+        block = tl.program_id(0)
+        end0 = tl.cdiv(K0, BLOCK_K)
+        end1 = end0 + tl.cdiv(K1, BLOCK_K)
+        end2 = end1 + tl.cdiv(K2, BLOCK_K)
+        place1 = RANKS0 * K0
+        place2 = place1 + RANKS1 * K1
+        place3 = place2 + RANKS2 * K2
+        parts_ptr += tl.program_id(1).to(tl.int64) * (place3 + RANKS3 * K3)
+        if block < end0:
+            _outer_part(
+                d0_ptr, x0_ptr, rstd_ptr, weight_ptr, parts_ptr, block, T, K0, rows, d0_stride, x0_stride, offset,
+                RANKS0, BY_RANK, BLOCK_R0, BLOCK_T0, BLOCK_K,
+            )  # fmt: skip
+        if RANKS1 > 0:  # noqa: SIM102
+            if (block >= end0) & (block < end1):
+                _outer_part(
+                    d1_ptr, x1_ptr, None, None, parts_ptr + place1, block - end0, T, K1, rows, d1_stride, x1_stride,
+                    0.0, RANKS1, False, BLOCK_R, BLOCK_T, BLOCK_K,
+                )  # fmt: skip
+        if RANKS2 > 0:  # noqa: SIM102
+            if (block >= end1) & (block < end2):
+                _outer_part(
+                    d2_ptr, x2_ptr, None, None, parts_ptr + place2, block - end1, T, K2, rows, d2_stride, x2_stride,
+                    0.0, RANKS2, False, BLOCK_R, BLOCK_T, BLOCK_K,
+                )  # fmt: skip
+        if RANKS3 > 0:  # noqa: SIM102
+            if block >= end2:
+                _outer_part(
+                    d3_ptr, x3_ptr, None, None, parts_ptr + place3, block - end2, T, K3, rows, d3_stride, x3_stride,
+                    0.0, RANKS3, False, BLOCK_R, BLOCK_T, BLOCK_K,
+                )  # fmt: skip
 
     @triton.jit
     def _store_sum(parts_ptr, out_ptr, parts, size, index, BLOCK: tl.constexpr):
@@ -192,7 +232,7 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
     One pass over dy where that pays: for ranks up to 32 (benchmarks/bench_low_rank.py).
     """
     (T, N), R = dy_TN.shape, x_TR.shape[1]
-    if not _one_pass_pays(dy_TN, b_NR, x_TR):
+    if not one_pass_pays(dy_TN, b_NR, x_TR):
         return project(dy_TN, b_NR.t()), outer(x_TR, dy_TN, by_rank=False)
     blocks_n = cdiv(N, _BACKWARD_N)
     rows, splits = _splits(T, _BACKWARD_T, 2 * num_multiprocessors(dy_TN.device) // blocks_n)
@@ -246,29 +286,49 @@ def project(x_TK: Tensor, a_SK: Tensor) -> Tensor:
 
 def outer(d_TS: Tensor, x: Tensor | NormedRows, *, by_rank: bool = True) -> Tensor:
     """d.T @ x [S, K] in fp32 (fp64 for fp64), or, not `by_rank`, x.T @ d [K, S]; d and x are of one dtype, but for
-    `NormedRows`: the gradient of A, of B, in which d is small.
+    `NormedRows`: the gradient of A, of B, in which d is small."""
+    return outers(d_TS, x, by_rank=by_rank)[0]
 
-    On Hopper by a kernel, in 1.0 to 1.2 times cuBLAS's time (1.36 at 1,024 columns), with `NormedRows` in 0.5 to 0.6 of
-    a norm's and cuBLAS's; on the host as `project`.
+
+def outers(
+    d_TS: Tensor, x: Tensor | NormedRows, others: Sequence[tuple[Tensor, Tensor]] = (), *, by_rank: bool = True
+) -> list[Tensor]:
+    """`outer`, and of all others, d_TR and x_TN, x.T @ d [N, R]: the gradients of A and of several B.
+
+    On Hopper in one launch, and one for the sum of its parts: of one product in 1.0 to 1.2 times cuBLAS's time (1.36 at
+    1,024 columns), with `NormedRows` in 0.5 to 0.6 of a norm's and cuBLAS's; on the host as `project`.
     """
-    T, S = d_TS.shape
     x_TK = x.x_TK if isinstance(x, NormedRows) else x
-    if not (_has_kernel(d_TS, S) and x_TK.stride(1) == 1 and use_kernels(x_TK)):
-        rows = x.made() if isinstance(x, NormedRows) else x
-        return matmul_fp32(d_TS.t(), rows) if by_rank else matmul_fp32(rows.t(), d_TS)
-    K, block_t = x_TK.shape[1], outer_rows(x_TK.element_size())
-    blocks_k = cdiv(K, _OUTER_K)
-    rows_each, splits = _splits(T, block_t, 2 * num_multiprocessors(d_TS.device) // blocks_k)
-    parts = torch.empty((splits, S, K) if by_rank else (splits, K, S), device=d_TS.device)
+    pairs = [(d_TS, x_TK), *others]
+    if len(pairs) > _MOST_OUTER or not all(
+        _has_kernel(d, d.shape[1]) and rows.stride(1) == 1 and use_kernels(rows) for d, rows in pairs
+    ):
+        x_TK = x.made() if isinstance(x, NormedRows) else x
+        first = matmul_fp32(d_TS.t(), x_TK) if by_rank else matmul_fp32(x_TK.t(), d_TS)
+        return [first, *(matmul_fp32(x_TN.t(), d_TR) for d_TR, x_TN in others)]
+    T = len(d_TS)
+    ranks, widths = [d.shape[1] for d, _ in pairs], [rows.shape[1] for _, rows in pairs]
+    block_t = [outer_rows(rows.element_size()) for _, rows in pairs]
+    blocks_k = sum(cdiv(width, _OUTER_K) for width in widths)
+    rows_each, splits = _splits(T, max(block_t), cdiv(2 * num_multiprocessors(d_TS.device), blocks_k))
+    sizes = [rank * width for rank, width in zip(ranks, widths, strict=True)]
+    parts = torch.empty((splits, sum(sizes)), device=d_TS.device)
+    missing = _MOST_OUTER - len(pairs)
     norm = (x.rstd_T, x.weight_K) if isinstance(x, NormedRows) else (None, None)
+    rank_constants = {f"RANKS{i}": rank for i, rank in enumerate(ranks + [0] * missing)}
     with torch.cuda.device_of(d_TS):
         _outer_kernel[(blocks_k, splits)](
-            d_TS, x_TK, *norm, parts, T, K, rows_each, d_TS.stride(0), x_TK.stride(0),
+            *(matrix for pair in pairs for matrix in pair), *[None] * 2 * missing, *norm, parts,
+            T, rows_each, *widths, *[0] * missing,
+            *(matrix.stride(0) for pair in pairs for matrix in pair), *[0] * 2 * missing,
             x.offset if isinstance(x, NormedRows) else 0.0,
-            RANKS=S, BY_RANK=by_rank, BLOCK_R=max(16, next_power_of_2(S)), BLOCK_T=block_t, BLOCK_K=_OUTER_K,
-            num_warps=4,
+            **rank_constants, BY_RANK=by_rank, BLOCK_R0=max(16, next_power_of_2(ranks[0])),
+            BLOCK_R=max(16, next_power_of_2(max(ranks[1:], default=1))), BLOCK_T0=block_t[0], BLOCK_T=min(block_t),
+            BLOCK_K=_OUTER_K, num_warps=4,
         )  # fmt: skip
-    return parts.sum(0)
+    found = (parts[0] if splits == 1 else parts.sum(0)).split(sizes)
+    shapes = [(ranks[0], widths[0]) if by_rank else (widths[0], ranks[0]), *zip(widths[1:], ranks[1:], strict=True)]
+    return [x.view(shape) for x, shape in zip(found, shapes, strict=True)]
 
 
 def outer_rows(itemsize: int) -> int:
@@ -289,7 +349,8 @@ def _splits(T: int, block_t: int, most: int) -> tuple[int, int]:
     return rows, cdiv(T, rows)
 
 
-def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
+def one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
+    """Whether `low_rank_backward` reads dy once."""
     (T, N), R = dy_TN.shape, x_TR.shape[1]
     if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or x_TR.dtype != dy_TN.dtype or T == 0 or R > 32:
         return False
