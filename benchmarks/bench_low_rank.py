@@ -4,7 +4,7 @@
 
 16,384 tokens. A gradient's two products, dy [T, N] with B [N, R] and x @ A.T [T, R], in one pass over dy and as two
 GEMMs; x @ A.T; and the gradient of A, of x as it is and of a stream that is normed on the way (beside a norm and a
-GEMM). `read` is the large operand's bytes at the speed of a copy. All are checked against fp32 on fresh random inputs
+GEMM); and the gradients of A and of all B of linears that share their input, in one launch. `read` is the large operand's bytes at the speed of a copy. All are checked against fp32 on fresh random inputs
 first. Times are medians of replayed CUDA graphs, by turns.
 
 Letters of tensor shapes: T tokens, K input features, N output features, R rank, S the sum of several ranks.
@@ -17,12 +17,20 @@ import torch
 
 from bandwidth import copy_ms, error_of, graphs_ms, parse_arguments, write
 from truetune.ops import low_rank
-from truetune.ops.low_rank import NormedRows, low_rank_backward, matmul_fp32, outer, project
+from truetune.ops.low_rank import NormedRows, low_rank_backward, matmul_fp32, outer, outers, project
 from truetune.ops.rms_norm import rms_norm_forward
 
 T = 16384
 GRADIENTS = [(14336, 16), (14336, 32), (4096, 16), (4096, 32), (3072, 16), (2048, 16), (1024, 16)]  # N, R
 SMALL = [(1024, 48), (1024, 32), (2048, 16), (3072, 16), (4096, 48), (14336, 16)]  # K, S
+BLOCKS = [  # K, and N of each linear, of 16 ranks
+    ("q, k, v", 1024, (2048, 1024, 1024)),
+    ("o", 2048, (1024,)),
+    ("down", 3072, (1024,)),
+    ("8B q, k, v", 4096, (4096, 1024, 1024)),
+    ("8B o", 4096, (4096,)),
+    ("8B down", 14336, (4096,)),
+]
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -80,12 +88,28 @@ def small(K: int, S: int) -> list[dict]:
     ]
 
 
+def block(name: str, K: int, widths: tuple[int, ...]) -> dict:
+    ranks = 16 * len(widths)
+    x_TK, d_TS, xa_TS = randn(T, K), randn(T, ranks), randn(T, ranks)
+    pairs = [(xa_TS[:, 16 * i : 16 * i + 16], randn(T, N)) for i, N in enumerate(widths)]
+
+    def in_one_launch() -> tuple[torch.Tensor, ...]:
+        return tuple(outers(d_TS, x_TK, pairs))
+
+    def one_by_one() -> tuple[torch.Tensor, ...]:
+        return matmul_fp32(d_TS.t(), x_TK), *(matmul_fp32(dy_TN.t(), xa_TR) for xa_TR, dy_TN in pairs)
+
+    exact = d_TS.float().t() @ x_TK.float(), *(dy_TN.float().t() @ xa_TR.float() for xa_TR, dy_TN in pairs)
+    return compared(f"of A and B of {name}", K + sum(widths), ranks, in_one_launch, one_by_one, exact)
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
     print("| product | width | ranks | ours ms | cuBLAS ms | | read ms |\n|---|---|---|---|---|---|---|")
     results = [gradients(N, R) for N, R in GRADIENTS]
     for K, S in SMALL:
         results += small(K, S)
+    results += [block(*case) for case in BLOCKS]
     write(arguments.out, results)
 
 
