@@ -3,9 +3,10 @@
     python benchmarks/bench_low_rank.py --out benchmarks/results/low_rank.json
 
 16,384 tokens. A gradient's two products, dy [T, N] with B [N, R] and x @ A.T [T, R], in one pass over dy and as two
-GEMMs; x @ A.T; and the gradient of A, of x as it is and of a stream that is normed on the way (beside a norm and a
-GEMM); and the gradients of A and of all B of linears that share their input, in one launch. `read` is the large operand's bytes at the speed of a copy. All are checked against fp32 on fresh random inputs
-first. Times are medians of replayed CUDA graphs, by turns.
+GEMMs; x @ A.T; the gradient of A, of x as it is and of a stream that is normed on the way (beside a norm and a GEMM);
+and the gradients of A and of all B of linears that share their input, in one launch. `read` is the large operands'
+bytes at the speed of a copy. All are checked against fp32 on fresh random inputs first. Times are medians of replayed
+CUDA graphs, by turns.
 
 Letters of tensor shapes: T tokens, K input features, N output features, R rank, S the sum of several ranks.
 """

@@ -261,7 +261,8 @@ def tiles_of_heads(
     heads: int, key_heads: int, D: int, R: int, elements: int, absent: dict[str, None]
 ) -> tuple[int, dict[str, Any]]:
     """The warps and the constants of the kernels of `rope`."""
-    tiles = import_module("truetune.ops.rope")._tiles(heads, key_heads, D, R, elements) | absent
+    most_warps = {32: 8, 16: 4}[elements]  # forward, backward
+    tiles = import_module("truetune.ops.rope")._tiles(heads, key_heads, D, R, elements, most_warps) | absent
     return tiles.pop("num_warps"), tiles
 
 

@@ -80,26 +80,35 @@ if triton is not None:
 
     @triton.jit
     def _forward_heads(
-        x_a, x_b, x_c, weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset, D: tl.constexpr, R: tl.constexpr,
-        BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+        x_ptr, out_ptr, weight_ptr, head_stride, out_head_stride, cos_a, cos_b, sin_a, sin_b, eps, offset,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
+        x_a, x_b, x_c = _load_tiles(x_ptr, head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
         if weight_ptr is not None:
             w_a, w_b, w_c = _load_tiles(weight_ptr, 0, 1, D, R, 1, BLOCK_HALF, BLOCK_REST)
             rstd = _rstd(x_a, x_b, x_c, eps, D, R)
             x_a *= rstd * (offset + w_a)
             x_b *= rstd * (offset + w_b)
             x_c *= rstd * (offset + w_c)
-        return x_a * cos_a - x_b * sin_a, x_b * cos_b + x_a * sin_b, x_c
+        out_a = x_a * cos_a - x_b * sin_a
+        out_b = x_b * cos_b + x_a * sin_b
+        _store_tiles(out_ptr, out_head_stride, out_a, out_b, x_c, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
 
     @triton.jit
     def _backward_heads(
-        dout_a, dout_b, d_c, x_a, x_b, x_c, weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset,
-        D: tl.constexpr, R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+        dout_ptr, dx_ptr, x_ptr, weight_ptr, dout_head_stride, dx_head_stride, head_stride,
+        cos_a, cos_b, sin_a, sin_b, eps, offset,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
-        """The tiles of dx, and those that sum over the heads to the weight's gradient."""
+        """Stores dx; the tiles that come back sum over the heads to the weight's gradient."""
+        dout_a, dout_b, d_c = _load_tiles(dout_ptr, dout_head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
         d_a = dout_a * cos_a + dout_b * sin_b
         d_b = dout_b * cos_b - dout_a * sin_a
+        x_a, x_b, x_c = d_a, d_b, d_c
         if weight_ptr is not None:
+            x_a, x_b, x_c = _load_tiles(x_ptr, head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
             w_a, w_b, w_c = _load_tiles(weight_ptr, 0, 1, D, R, 1, BLOCK_HALF, BLOCK_REST)
             rstd = _rstd(x_a, x_b, x_c, eps, D, R)
             # From here x is what was normalised, before its product with the weight; then its product with d.
@@ -112,7 +121,8 @@ if triton is not None:
             dx_a, dx_b, dx_c = (g_a - x_a * mean) * rstd, (g_b - x_b * mean) * rstd, (g_c - x_c * mean) * rstd
             x_a, x_b, x_c = x_a * d_a, x_b * d_b, x_c * d_c
             d_a, d_b, d_c = dx_a, dx_b, dx_c
-        return d_a, d_b, d_c, x_a, x_b, x_c
+        _store_tiles(dx_ptr, dx_head_stride, d_a, d_b, d_c, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST)
+        return x_a, x_b, x_c
 
     @triton.jit
     def _rope_forward_kernel(
@@ -122,28 +132,16 @@ if triton is not None:
         HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
         BLOCK_HEADS: tl.constexpr, BLOCK_KEY_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
-        """One program a token. Everything is loaded before anything is stored, which loads would wait for."""
+        """One program a token."""
         token = tl.program_id(0).to(tl.int64)
         cos_a, cos_b, sin_a, sin_b = _load_angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, R, BLOCK_HALF)
-        q_a, q_b, q_c = _load_tiles(
-            q_ptr + token * q_stride, q_head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST
-        )
-        k_a, k_b, k_c = _load_tiles(
-            k_ptr + token * k_stride, k_head_stride, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST
-        )
-        q_a, q_b, q_c = _forward_heads(
-            q_a, q_b, q_c, q_weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset, D, R, BLOCK_HALF, BLOCK_REST
-        )
-        k_a, k_b, k_c = _forward_heads(
-            k_a, k_b, k_c, k_weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset, D, R, BLOCK_HALF, BLOCK_REST
-        )
-        _store_tiles(
-            q_out_ptr + token * q_out_stride, q_out_head_stride, q_a, q_b, q_c,
-            HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
+        _forward_heads(
+            q_ptr + token * q_stride, q_out_ptr + token * q_out_stride, q_weight_ptr, q_head_stride, q_out_head_stride,
+            cos_a, cos_b, sin_a, sin_b, eps, offset, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
-        _store_tiles(
-            k_out_ptr + token * k_out_stride, k_out_head_stride, k_a, k_b, k_c,
-            KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
+        _forward_heads(
+            k_ptr + token * k_stride, k_out_ptr + token * k_out_stride, k_weight_ptr, k_head_stride, k_out_head_stride,
+            cos_a, cos_b, sin_a, sin_b, eps, offset, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
     @triton.jit(do_not_specialize=["T"])  # no kernel of its own for batches whose length 16 divides
@@ -165,44 +163,24 @@ if triton is not None:
         dk_weight_c = tl.zeros([BLOCK_KEY_HEADS, BLOCK_REST], tl.float32)
         for token in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
             cos_a, cos_b, sin_a, sin_b = _load_angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, R, BLOCK_HALF)
-            dq_a, dq_b, dq_c = _load_tiles(
-                dq_ptr + token * dq_stride, dq_head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST
-            )
-            dk_a, dk_b, dk_c = _load_tiles(
-                dk_ptr + token * dk_stride, dk_head_stride, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST
-            )
-            q_a, q_b, q_c, k_a, k_b, k_c = dq_a, dq_b, dq_c, dk_a, dk_b, dk_c
-            if q_weight_ptr is not None:
-                q_a, q_b, q_c = _load_tiles(
-                    q_ptr + token * q_stride, q_head_stride, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST
-                )
-            if k_weight_ptr is not None:
-                k_a, k_b, k_c = _load_tiles(
-                    k_ptr + token * k_stride, k_head_stride, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST
-                )
-            dq_a, dq_b, dq_c, q_a, q_b, q_c = _backward_heads(
-                dq_a, dq_b, dq_c, q_a, q_b, q_c, q_weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset,
-                D, R, BLOCK_HALF, BLOCK_REST,
-            )  # fmt: skip
-            dk_a, dk_b, dk_c, k_a, k_b, k_c = _backward_heads(
-                dk_a, dk_b, dk_c, k_a, k_b, k_c, k_weight_ptr, cos_a, cos_b, sin_a, sin_b, eps, offset,
-                D, R, BLOCK_HALF, BLOCK_REST,
-            )  # fmt: skip
-            _store_tiles(
-                dq_out_ptr + token * dq_out_stride, dq_out_head_stride, dq_a, dq_b, dq_c,
-                HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
-            )  # fmt: skip
-            _store_tiles(
-                dk_out_ptr + token * dk_out_stride, dk_out_head_stride, dk_a, dk_b, dk_c,
-                KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
+            part_a, part_b, part_c = _backward_heads(
+                dq_ptr + token * dq_stride, dq_out_ptr + token * dq_out_stride, q_ptr + token * q_stride,
+                q_weight_ptr, dq_head_stride, dq_out_head_stride, q_head_stride,
+                cos_a, cos_b, sin_a, sin_b, eps, offset, HEADS, D, R, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
             if dweight_ptr is not None:
-                dq_weight_a += q_a
-                dq_weight_b += q_b
-                dq_weight_c += q_c
-                dk_weight_a += k_a
-                dk_weight_b += k_b
-                dk_weight_c += k_c
+                dq_weight_a += part_a
+                dq_weight_b += part_b
+                dq_weight_c += part_c
+            part_a, part_b, part_c = _backward_heads(
+                dk_ptr + token * dk_stride, dk_out_ptr + token * dk_out_stride, k_ptr + token * k_stride,
+                k_weight_ptr, dk_head_stride, dk_out_head_stride, k_head_stride,
+                cos_a, cos_b, sin_a, sin_b, eps, offset, KEY_HEADS, D, R, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
+            )  # fmt: skip
+            if dweight_ptr is not None:
+                dk_weight_a += part_a
+                dk_weight_b += part_b
+                dk_weight_c += part_c
         if dweight_ptr is not None:
             dweight_ptr += tl.program_id(0) * (2 * D)
             _store_tiles(
@@ -220,16 +198,15 @@ if triton is not None:
 
 
 @cache
-def _tiles(heads: int, key_heads: int, D: int, R: int, elements: int) -> dict[str, int]:
-    """The kernels' constants, with so many warps that a thread holds about `elements` of the queries, but at most 8:
-    with more, a thread loads less than 4 bytes of the keys at once."""
+def _tiles(heads: int, key_heads: int, D: int, R: int, elements: int, most_warps: int) -> dict[str, int]:
+    """The kernels' constants, with so many warps that a thread holds about `elements` of the queries."""
     half, rest = next_power_of_2(R // 2), next_power_of_2(max(1, D - R))
     block_heads = next_power_of_2(heads)
     return {
         "HEADS": heads, "KEY_HEADS": key_heads, "D": D, "R": R,
         "BLOCK_HEADS": block_heads, "BLOCK_KEY_HEADS": next_power_of_2(key_heads),
         "BLOCK_HALF": half, "BLOCK_REST": rest,
-        "num_warps": min(8, max(2, next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
+        "num_warps": min(most_warps, max(2, next_power_of_2(block_heads * (2 * half + rest) // (32 * elements)))),
     }  # fmt: skip
 
 
@@ -240,7 +217,7 @@ def _launch_forward(q, k, q_out, k_out, q_weight_D, k_weight_D, cos_TR, sin_TR, 
             q, k, q_out, k_out, q_weight_D, k_weight_D, cos_TR, sin_TR,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             q_out.stride(0), q_out.stride(1), k_out.stride(0), k_out.stride(1),
-            cos_TR.stride(0), sin_TR.stride(0), eps, offset, **_tiles(H, k.shape[1], D, cos_TR.shape[1], 32),
+            cos_TR.stride(0), sin_TR.stride(0), eps, offset, **_tiles(H, k.shape[1], D, cos_TR.shape[1], 32, 8),
         )  # fmt: skip
 
 
@@ -249,7 +226,7 @@ def _launch_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The weights' gradients."""
     T, H, D = dq.shape
-    tiles = _tiles(H, dk.shape[1], D, cos_TR.shape[1], 16)
+    tiles = _tiles(H, dk.shape[1], D, cos_TR.shape[1], 16, 4)  # 8 warps: 1.5 times as long for 32 heads with norms
     programs, dweight_P2D = T, None
     if needs_weight:
         programs = min(T, num_multiprocessors(dq.device) * max(1, 32 // tiles["num_warps"]))
