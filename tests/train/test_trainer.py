@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, Ll
 
 import truetune
 from pairs import line, llama, losses
+from truetune.train.batches import most_documents
 from truetune.train.errors import TrainError
 from truetune.train.stock import why_stock_trl
 
@@ -360,3 +361,13 @@ def test_the_most_documents_of_a_batch_are_known_before_it_is_read(make, fields,
     assert max(documents) <= most
     if batch_size == 1 or "packing" not in fields:
         assert max(documents) == most
+
+
+def test_batches_of_many_rows_hardly_exceed_what_is_expected():
+    generator = np.random.default_rng(0)
+    counts = np.minimum(generator.geometric(0.12, 400), 60)
+    batches = [counts[generator.permutation(400)[:4]].sum() for _ in range(5000)]
+    expected = most_documents(counts, 4)
+    assert 1 <= sum(batch > expected for batch in batches) <= 100
+    assert expected < 0.6 * np.sort(counts)[-4:].sum()
+    assert most_documents(counts, 1) == counts.max()

@@ -34,7 +34,7 @@ HOST_BOUND = 1.1  # plain passes that take this much longer wait for the host, a
 MOST_CAPTURES = 8  # where the layers change again and again, they run as they are
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
-SPARE_DOCUMENTS = 64  # beside twice as many as the pack has that is captured
+SPARE_DOCUMENTS = 16  # beside 5/4 of those of the pack that is captured, where nobody knows what others have
 SHORT_DOCUMENT = 128  # tokens: a shorter one takes attention no less time
 FIRST_LAYERS = 2  # in a graph of their own, which is soon launched: the host needs 1.3 ms for 27 layers' one
 _AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
@@ -352,7 +352,7 @@ def _relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 class LayerGraphs:
     """Layers that are fused and keep everything, all but the model's last, as CUDA graphs of `tokens` tokens.
 
-    `longest`: of all documents. `documents`: the most of a pack, where that is known. `shortest`: packs with fewer
+    `longest`: of all documents. `documents`: what packs hardly exceed, where known. `shortest`: packs with fewer
     tokens run as they are, unless the host is what they would wait for. The first pack is run layer by layer, to learn
     what the model gives each of its layers; the next one is captured before it is run, and so is one with many more
     documents. `why_off`: where that failed, or cannot be had. `recorder` makes the graphs.
@@ -453,11 +453,11 @@ class LayerGraphs:
 
     def _room(self, documents: int) -> int:
         """For how many documents a graph is made for a pack that has so many. Those that stay empty cost attention half
-        a microsecond each in every layer."""
-        room = 2 * documents + SPARE_DOCUMENTS
-        if self.documents is not None and self.documents >= documents:
-            room = min(room, self.documents)
-        return room + -(-self.tokens // self.longest)  # of zeros
+        a microsecond each in every layer; too little room is made anew."""
+        expected = self.documents
+        if expected is None or expected < documents:
+            expected = documents + documents // 4 + SPARE_DOCUMENTS
+        return expected + -(-self.tokens // self.longest)  # of zeros
 
     def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:
         """Raises `NotCapturable` where the layers cannot be captured."""

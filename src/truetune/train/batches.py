@@ -40,19 +40,24 @@ def longest(lengths: Sequence[int] | np.ndarray, count: int) -> list[int]:
     return order[:count].tolist()
 
 
-def most_documents(dataset: Any, batch_size: int) -> int | None:
-    """Of the rows with most; None where they cannot be known unread. TRL's packing says of each row what it holds, and
+def documents_each(dataset: Any) -> np.ndarray | None:
+    """Documents of each row; None where they cannot be known unread. TRL's packing says of each row what it holds, and
     any other row is one document."""
     lengths = row_lengths(dataset)
-    if lengths is None:
-        return None
-    if "seq_lengths" not in dataset.column_names:
-        return batch_size
+    if lengths is None or "seq_lengths" not in dataset.column_names:
+        return None if lengths is None else np.ones(len(lengths), np.int64)
     import pyarrow.compute as pc
 
     table = dataset.with_format("arrow").select_columns(["seq_lengths"])[:]
-    counts = pc.list_value_length(table["seq_lengths"]).to_numpy()
-    return int(counts[longest(counts, batch_size)].sum())
+    return pc.list_value_length(table["seq_lengths"]).to_numpy()
+
+
+def most_documents(counts: np.ndarray, batch_size: int) -> int:
+    """What batches of rows with so many documents hardly exceed: all of them together, or by 3.5 standard deviations,
+    which one of several thousand does. Sums are never larger than those of the rows with most."""
+    by_chance = batch_size * counts.mean() + 3.5 * counts.std() * math.sqrt(batch_size)
+    most = int(counts[longest(counts, batch_size)].sum())
+    return most if batch_size == 1 else min(most, math.ceil(by_chance))
 
 
 def planned_steps(args: Any, rows: int | None, batch_size: int) -> int | None:

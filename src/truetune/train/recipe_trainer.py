@@ -16,7 +16,7 @@ from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.proof.drift import GIB, device_bytes, process_bytes
 from truetune.proof.supervision import Documents
-from truetune.train.batches import document_lengths, loads_without_effects, longest
+from truetune.train.batches import document_lengths, loads_without_effects, longest, most_documents
 from truetune.train.errors import TrainError
 from truetune.train.metrics import TOKEN_KINDS, nll_by_kind, nll_by_source, source_names
 from truetune.train.trainer import SFTTrainer
@@ -102,11 +102,11 @@ class RecipeTrainer(SFTTrainer):
         return _collate([documents[packs[i]] for i in fullest])
 
     def most_documents(self) -> int | None:
-        """In every epoch: documents of as many tokens take each other's places."""
         if not self._pack or isinstance(self.train_dataset, datasets.IterableDataset):
             return super().most_documents()
-        counts = [len(pack) for pack in self._sampler(self.train_dataset, self._seed)]
-        return sum(sorted(counts)[-self._train_batch_size :])
+        # Of the first epoch: in others documents of as many tokens take each other's places.
+        packs = self._sampler(self.train_dataset, self._seed)
+        return most_documents(np.array([len(pack) for pack in packs]), self._train_batch_size)
 
     def _rows_an_epoch(self) -> int | None:
         dataset = self.train_dataset

@@ -32,6 +32,7 @@ from truetune.train.activations import Activations, check_policy
 from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
+    documents_each,
     documents_of_rows,
     evaluation_documents,
     has_trl_collator,
@@ -205,8 +206,9 @@ class SFTTrainer(QuietTrainer):
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
 
     def most_documents(self) -> int | None:
-        """Of a micro-batch, where that is known before the data is read."""
-        return most_documents(self.train_dataset, self._train_batch_size)
+        """What a micro-batch hardly exceeds; None where that is not known before the data is read."""
+        counts = documents_each(self.train_dataset)
+        return None if counts is None else most_documents(counts, self._train_batch_size)
 
     def planned_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where the data has no length."""
