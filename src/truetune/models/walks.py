@@ -1,7 +1,8 @@
 """What Transformers asks of a model in every step, and PyTorch answers by a slow walk through all of its modules.
 
 The device waits meanwhile. With LoRA an 8B model has 2,665 modules: on a GPU's host `train` took 6 ms a step, the
-search for gradients to clip 8 and `zero_grad` 5. These give the same answers, bound to the instance, in a fraction.
+search for gradients to clip 8 and `zero_grad` 5. These give the same answers, bound to the instance, in a fraction:
+`train`, whose modules are in no cache by then, in 1.4 ms of 2.4 that it took with a walk of its own.
 """
 
 import operator
@@ -39,8 +40,8 @@ def unbind_walks(model: nn.Module) -> None:
 
 
 class _Found:
-    """A model's modules in PyTorch's order, one in several places several times; and by what to tell, in a third of the
-    time that the walk takes, whether they are still the same. A module keeps one dict of children all its life."""
+    """A model's modules in PyTorch's order, one in several places several times; and by what to tell, in less time than a
+    walk takes, whether they are still the same. A module keeps one dict of children all its life."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
