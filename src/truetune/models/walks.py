@@ -40,8 +40,8 @@ def unbind_walks(model: nn.Module) -> None:
 
 
 class _Found:
-    """A model's modules in PyTorch's order, one in several places several times; and by what to tell, in less time than a
-    walk takes, whether they are still the same. A module keeps one dict of children all its life."""
+    """A model's modules in PyTorch's order, one in several places several times; and by what to tell, in less time than
+    a walk takes, whether they are still the same. A module keeps one dict of children all its life."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
