@@ -98,6 +98,15 @@ def test_losses_and_gradients_are_those_of_plain_layers(make, model_type, lora):
     assert graphs.replays == 5  # not the first, from which it learns, and not the last, which is short
 
 
+@pytest.mark.parametrize("layers", [2, 3])  # one in the graphs, or two, which are their first part alone
+def test_few_layers_are_captured_too(make, layers):
+    model, twin, graphs = make(sizes=SIZES | {"num_hidden_layers": layers})
+    for seed in range(4):
+        assert_alike(step(model, batch(model, [40, 24], seed)), step(twin, batch(twin, [40, 24], seed)))
+    assert graphs.replays == 3
+    assert not graphs._captured._masks
+
+
 def test_fp8_layers_are_captured_too(make):
     model, twin, graphs = make("llama", fp8=True)
     tolerance = TOLERANCE | {"cuda": 0.1}  # a last bit of bf16 may be one of FP8

@@ -46,6 +46,24 @@ def share(peft):
     layers[1].mlp = layers[0].mlp
 
 
+def delete_nothing_and_append(peft):
+    layers = peft.get_base_model().model.layers
+    del layers[len(layers) :]  # PyTorch gives the list another dict, and leaves the old one as it is
+    layers.append(copy.deepcopy(layers[0]).eval())
+
+
+def move_to_the_sibling(peft):
+    mlp = peft.get_base_model().model.layers[0].mlp
+    mlp.first, mlp.second = nn.Sequential(nn.Linear(1, 1), nn.Linear(2, 2)), nn.Sequential(nn.Linear(3, 3))
+    mlp.second.own = nn.Parameter(torch.zeros(9))
+    peft.train()
+    mlp.second._modules = {"moved": mlp.first._modules.pop("1"), **mlp.second._modules}
+
+
+def scripted(peft):
+    peft.get_base_model().model.scripted = torch.jit.script(nn.Sequential(nn.Linear(1, 1)))
+
+
 def insert_layer(peft):
     layers = peft.get_base_model().model.layers
     layers.insert(0, copy.deepcopy(layers[0]))
@@ -57,7 +75,19 @@ def cut_layers(peft):
 
 @pytest.mark.parametrize(
     "change",
-    [add_adapter, delete_adapter, replace_child, child_of_a_leaf, remove_child, share, insert_layer, cut_layers],
+    [
+        add_adapter,
+        delete_adapter,
+        replace_child,
+        child_of_a_leaf,
+        remove_child,
+        share,
+        insert_layer,
+        cut_layers,
+        delete_nothing_and_append,
+        move_to_the_sibling,
+        scripted,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_changes_are_seen(model, change):

@@ -153,13 +153,13 @@ def of_rope() -> list[Kernel]:
     no_norms = {"q_weight_ptr": None, "k_weight_ptr": None}
     no_norm_grads = no_norms | {"dweight_ptr": None}
     return [
-        Kernel(*rope, *tiles_of_heads(32, 8, 128, 128, 32, no_norms)),
-        Kernel(*rope, *tiles_of_heads(64, 8, 128, 128, 32, {})),
-        Kernel(*rope, *tiles_of_heads(28, 4, 96, 72, 32, no_norms), wide=False),
-        Kernel(*d_rope, *tiles_of_heads(32, 8, 128, 128, 16, no_norm_grads)),
-        Kernel(*d_rope, *tiles_of_heads(64, 8, 128, 128, 16, {"dweight_ptr": None})),
-        Kernel(*d_rope, *tiles_of_heads(16, 8, 128, 128, 16, {})),
-        Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, 16, {})),
+        Kernel(*rope, *tiles_of_heads(32, 8, 128, 128, False, no_norms)),
+        Kernel(*rope, *tiles_of_heads(64, 8, 128, 128, False, {})),
+        Kernel(*rope, *tiles_of_heads(28, 4, 96, 72, False, no_norms), wide=False),
+        Kernel(*d_rope, *tiles_of_heads(32, 8, 128, 128, True, no_norm_grads)),
+        Kernel(*d_rope, *tiles_of_heads(64, 8, 128, 128, True, {"dweight_ptr": None})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 128, 128, True, {})),
+        Kernel(*d_rope, *tiles_of_heads(16, 8, 256, 64, True, {})),
     ]
 
 
@@ -258,11 +258,11 @@ def tile_of_rows(H: int, elements: int, absent: dict[str, None]) -> tuple[int, d
 
 
 def tiles_of_heads(
-    heads: int, key_heads: int, D: int, R: int, elements: int, absent: dict[str, None]
+    heads: int, key_heads: int, D: int, R: int, backward: bool, absent: dict[str, None]
 ) -> tuple[int, dict[str, Any]]:
     """The warps and the constants of the kernels of `rope`."""
-    most_warps = {32: 8, 16: 4}[elements]  # forward, backward
-    tiles = import_module("truetune.ops.rope")._tiles(heads, key_heads, D, R, elements, most_warps) | absent
+    module = import_module("truetune.ops.rope")
+    tiles = module._tiles(heads, key_heads, D, R, *(module.elements_backward(heads) if backward else (32,))) | absent
     return tiles.pop("num_warps"), tiles
 
 

@@ -116,7 +116,14 @@ def test_outer_product_sums_over_rows_in_fp32(device, rows, width, ranks, stream
 @pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("ranks", [(16, 8), (48, 16, 3, 32), (16, 65), (4, 4, 4, 4, 4)], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
-def test_several_outer_products_are_those_made_one_by_one(device, rows, ranks, normed, kernels, empty_is_nan):
+@pytest.mark.parametrize("longest", [64, 4096], ids=["several parts", "one part"])
+def test_several_outer_products_are_those_made_one_by_one(
+    device, rows, ranks, normed, longest, kernels, empty_is_nan, monkeypatch
+):
+    monkeypatch.setattr(low_rank, "_LONGEST_SUM", longest)
+    monkeypatch.setattr(low_rank, "outer_rows", lambda itemsize: 32)
+    splits, parts = low_rank._splits, []
+    monkeypatch.setattr(low_rank, "_splits", lambda *given: parts.append(splits(*given)) or parts[-1])
     d, *others = (
         (torch.randn(rows, rank + 5, device=device).bfloat16()[:, 5:], torch.randn(rows, width, device=device))
         for rank, width in zip(ranks, (200, 96, 72, 130, 64), strict=False)
@@ -131,6 +138,7 @@ def test_several_outer_products_are_those_made_one_by_one(device, rows, ranks, n
     else:
         given = x = x.bfloat16()
     first, *rest = outers(d[0], given, others)
+    assert all(rows_each <= longest for rows_each, _ in parts)
     assert kernels == [] if len(ranks) == 5 else all(kernels) is (max(ranks) <= 64 and use_kernels(x))
     assert error(first, d[0].double().t() @ x.double()) < (1e-4 if normed else 1e-5)
     for made, (d_TR, x_TN) in zip(rest, others, strict=True):

@@ -92,6 +92,16 @@ def test_losses_are_the_same_with_graphs(make, made, peft):
     assert not any("graphs" in vars(layer) for layer in fused_layers(trainer.model))  # given back
 
 
+def test_packs_of_every_epoch_hold_as_many_documents(make):
+    trainer = make()
+    lengths = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    documents = Dataset.from_list([{"input_ids": [5] * n, "labels": [5] * n} for n in lengths])
+    epochs = [list(trainer._sampler(documents, seed)) for seed in range(3)]
+    assert epochs[0] != epochs[1]
+    counts = [sorted(len(pack) for pack in packs) for packs in epochs]
+    assert counts[0] == counts[1] == counts[2]
+
+
 @pytest.mark.parametrize(("fields", "why"), [
     ({"cuda_graphs": False}, "cuda_graphs=False"),
     ({"activation_policy": "lean"}, "not all activations"),

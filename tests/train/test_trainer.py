@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, Ll
 
 import truetune
 from pairs import line, llama, losses
-from truetune.train.batches import most_documents
+from truetune.train.batches import documents_each, most_documents
 from truetune.train.errors import TrainError
 from truetune.train.stock import why_stock_trl
 
@@ -361,6 +361,15 @@ def test_the_most_documents_of_a_batch_are_known_before_it_is_read(make, fields,
     assert max(documents) <= most
     if batch_size == 1 or "packing" not in fields:
         assert max(documents) == most
+
+
+def test_rows_of_which_nothing_is_known_have_no_count():
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "seq_lengths": [2, 1]})  # a column of the user's own
+    assert documents_each(rows).tolist() == [1, 1]
+    packed = Dataset.from_dict({"input_ids": [[1, 2], [3]], "seq_lengths": [[1, 1], [1]]})
+    assert documents_each(packed).tolist() == [2, 1]
+    assert documents_each({"a": packed}) is None
+    assert documents_each(packed.to_iterable_dataset()) is None
 
 
 def test_batches_of_many_rows_hardly_exceed_what_is_expected():

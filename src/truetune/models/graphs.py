@@ -1,4 +1,4 @@
-"""Fused decoder layers as three CUDA graphs: the forward passes of the first, those of the others, all backward ones.
+"""Fused decoder layers as CUDA graphs: the forward passes of the first two, those of the others, all backward passes.
 
 A layer of a small model is over on a GPU before the host has launched it: a 0.6B model's step on 16,384 tokens takes
 117 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
@@ -35,7 +35,7 @@ MOST_CAPTURES = 8  # where the layers change again and again, they run as they a
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
 SPARE_DOCUMENTS = 16  # beside 5/4 of those of the pack that is captured, where nobody knows what others have
-SHORT_DOCUMENT = 128  # tokens: a shorter one takes attention no less time
+SHORT_DOCUMENT = 128  # tokens, a tile of attention's: with 64 FlashAttention-4 takes 3% longer on an H200
 FIRST_LAYERS = 2  # in a graph of their own, which is soon launched: the host needs 1.3 ms for 27 layers' one
 _AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
 # What attention reads of a call is static here; the rest of these says nothing to a layer.
@@ -183,7 +183,7 @@ class _Captured:
         self.dout_1PH = torch.zeros_like(self.hidden_1PH)
         self.cos_1PR, self.sin_1PR = (cos_1TR.new_zeros((1, tokens, cos_1TR.shape[2])) for _ in range(2))
         self.cu_seq_lens = torch.full((documents + 1,), tokens, dtype=torch.int32, device=hidden_1TH.device)
-        self.numbers = torch.arange(1, documents + 2, dtype=torch.int32, device=hidden_1TH.device)
+        self.from_one = torch.arange(1, documents + 2, dtype=torch.int32, device=hidden_1TH.device)
         blocks = _blocks(layers, dtype)
         self.state = self._state_of(blocks, hidden_1TH, dtype)
         self.read = [x.detach() for x in _tensors(blocks)]  # a replay may come before what is new is seen
@@ -209,7 +209,7 @@ class _Captured:
     # -- the passes, as they are captured
 
     def forward_parts(self) -> list[Callable[[], None]]:
-        """The forward pass, in parts that are to run one after the other: the first layers, and the rest."""
+        """The forward pass: the first layers, and the rest, which goes on with what the first part has left."""
         first, rest = slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)
         parts = [first, rest] if len(self.layers) > FIRST_LAYERS else [first]
         return [functools.partial(self._run_layers, part) for part in parts]
@@ -242,7 +242,7 @@ class _Captured:
         assert self._result is not None
         inputs = [self.hidden_1PH] if self.hidden_1PH.requires_grad else []
         found = torch.autograd.grad(self._result, inputs + self.trained, self.dout_1PH, allow_unused=True)
-        self._result = None
+        self._result, self._masks = None, {}
         if inputs:
             self.d_hidden_1PH = found[0]
         self.gradients = list(found[len(inputs) :])
@@ -313,7 +313,7 @@ class _Captured:
             tokens, left = self.hidden_1PH.shape[1], len(self.cu_seq_lens) - documents
             # As short as there is room for, but `SHORT_DOCUMENT`.
             zeros = max(-(-(tokens - length) // max(1, left)), min(SHORT_DOCUMENT, self.longest))
-            self.cu_seq_lens[documents:] = (length + zeros * self.numbers[:left]).clamp(max=tokens)
+            self.cu_seq_lens[documents:] = (length + zeros * self.from_one[:left]).clamp(max=tokens)
 
     def replay_forward(self) -> None:
         for graph in self.forward_graphs:
@@ -393,8 +393,9 @@ class LayerGraphs:
             self._passed_on, self._next = None, 1
             if unfinished and turn is not None and turn.done:  # and not given up half way
                 raise RuntimeError(f"a pass ended before layer {len(self.layers)}, {_AT_ONCE}")
-            self._passed_on = self._all_layers(hidden_1TH, given)
-            return self._passed_on
+            result = self._all_layers(hidden_1TH, given)
+            self._passed_on = result if len(self.layers) > 1 else None
+            return result
         if self._passed_on is None:
             if len(self._given) == number:
                 self._given.append(given)

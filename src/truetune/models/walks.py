@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from truetune.models.bound import bind, is_bound, is_replaced
 
 _FOUND = "_truetune_modules"
+_MODULES, _VALUES = operator.attrgetter("_modules"), operator.methodcaller("values")
 _PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `parameters` asks
 
 
@@ -41,7 +42,7 @@ def unbind_walks(model: nn.Module) -> None:
 
 class _Found:
     """A model's modules in PyTorch's order, one in several places several times; and by what to tell, in less time than
-    a walk takes, whether they are still the same. A module keeps one dict of children all its life."""
+    a walk takes, whether they are still the same. Modules that are taken away live until the next walk."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
@@ -52,18 +53,19 @@ class _Found:
                 self.modules.append(module)
                 if module._modules:
                     left += list(module._modules.values())[::-1]
-        dicts = [module._modules for module in self.modules]
-        self._empty = [children for children in dicts if not children]
-        self._parents = [children for children in dicts if children]
-        self._children = self._children_now()
+        self._dicts = [module._modules for module in self.modules]
+        self._lengths = list(map(len, self._dicts))
+        self._children = list(self._children_now())
 
-    def _children_now(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, self._parents)))
+    def _children_now(self) -> Iterator[nn.Module | None]:
+        return chain.from_iterable(map(_VALUES, filter(None, self._dicts)))
 
     def is_current(self) -> bool:
-        children = self._children_now()
-        same = len(children) == len(self._children) and all(map(operator.is_, children, self._children))
-        return same and not any(self._empty)
+        return (
+            all(map(operator.is_, map(_MODULES, self.modules), self._dicts))
+            and list(map(len, self._dicts)) == self._lengths
+            and all(map(operator.is_, self._children_now(), self._children))
+        )
 
     def __reduce__(self):
         return type(None), ()  # a copied or saved model looks anew

@@ -226,14 +226,14 @@ def from_row(linears: Sequence[Linear], first: int) -> list[Linear]:
 # Forward and backward, for the autograd functions of whole blocks
 
 
-class _Adapters(NamedTuple):
-    """In the activation's dtype: all A matrices times their scaling, one below the other, and each linear's B."""
+class _Matrices(NamedTuple):
+    """All A times their scaling, one below the other, in the activation's dtype; and each linear's B, in it or not."""
 
     a_SK: Tensor
     bs: list[Tensor | None]
 
 
-def _rounded(linears: Sequence[Linear], dtype: torch.dtype, *, with_b: bool = False) -> _Adapters | None:
+def _rounded(linears: Sequence[Linear], dtype: torch.dtype, *, with_b: bool = False) -> _Matrices | None:
     """None without an adapter; not `with_b`, B stays as it is."""
     adapted = [linear for linear in linears if linear.a_RK is not None]
     if not adapted:
@@ -241,13 +241,13 @@ def _rounded(linears: Sequence[Linear], dtype: torch.dtype, *, with_b: bool = Fa
     parts: list[Tensor] = [linear.a_RK.detach() for linear in adapted]  # type: ignore[union-attr]
     factors = [linear.scaling for linear in adapted]
     bs: list[Tensor | None] = [None if linear.b_NR is None else linear.b_NR.detach() for linear in linears]
-    wide = [b_NR for b_NR in bs if with_b and b_NR is not None and b_NR.dtype != dtype]
-    if len(parts) == 1 and parts[0].dtype == dtype and factors == [1.0] and not wide:
-        return _Adapters(parts[0], bs)
-    flat = rounded([*parts, *wide], [*factors, *[1.0] * len(wide)], dtype)
-    a, *others = flat.split([sum(part.numel() for part in parts), *(b_NR.numel() for b_NR in wide)])
-    narrow = {id(b_NR): other.view(b_NR.shape) for b_NR, other in zip(wide, others, strict=True)}
-    return _Adapters(a.view(-1, parts[0].shape[1]), [narrow.get(id(b_NR), b_NR) for b_NR in bs])
+    to_round = [b_NR for b_NR in bs if with_b and b_NR is not None and b_NR.dtype != dtype]
+    if len(parts) == 1 and parts[0].dtype == dtype and factors == [1.0] and not to_round:
+        return _Matrices(parts[0], bs)
+    flat = rounded([*parts, *to_round], [*factors, *[1.0] * len(to_round)], dtype)
+    a, *others = flat.split([sum(part.numel() for part in parts), *(b_NR.numel() for b_NR in to_round)])
+    done = {id(b_NR): other.view(b_NR.shape) for b_NR, other in zip(to_round, others, strict=True)}
+    return _Matrices(a.view(-1, parts[0].shape[1]), [done.get(id(b_NR), b_NR) for b_NR in bs])
 
 
 def _rank_slices(linears: Sequence[Linear]) -> list[slice]:
@@ -285,7 +285,7 @@ def _gradient_through_a(dxa_TS: Tensor, linears: Sequence[Linear], a_SK: Tensor)
     return total
 
 
-def _gradients_of_a(
+def _gradients_of_a_and_b(
     dxa_TS: Tensor, x: Tensor | NormedRows, linears: Sequence[Linear], of_b: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
     """[S, K] in fp32, not yet times the scaling; and dy.T @ xa [N, R] of every xa and dy in `of_b`."""
@@ -304,8 +304,8 @@ def quantized_if_needed(x_TK: Tensor, linears: Sequence[Linear], given: Quantize
 
 def products_with_adapters(x_TK: Tensor, linears: Sequence[Linear]) -> Tensor | None:
     """scaling * x @ A.T [T, S] of all adapters, in the dtype of x; None without one."""
-    adapters = _rounded(linears, x_TK.dtype)
-    return None if adapters is None else _products_with_a(x_TK, linears, adapters.a_SK)
+    matrices = _rounded(linears, x_TK.dtype)
+    return None if matrices is None else _products_with_a(x_TK, linears, matrices.a_SK)
 
 
 def linears_forward(
@@ -319,9 +319,9 @@ def linears_forward(
 
     `residual_TN`: what is added to every result, which then has its dtype. `quantized`: x in FP8, where it was made.
     """
-    adapters = _rounded(linears, x_TK.dtype, with_b=True)
-    xa_TS = None if adapters is None else _products_with_a(x_TK, linears, adapters.a_SK)
-    bs: list[Tensor | None] = [None] * len(linears) if adapters is None else adapters.bs
+    matrices = _rounded(linears, x_TK.dtype, with_b=True)
+    xa_TS = None if matrices is None else _products_with_a(x_TK, linears, matrices.a_SK)
+    bs: list[Tensor | None] = [None] * len(linears) if matrices is None else matrices.bs
     quantized = quantized_if_needed(x_TK, linears, quantized)
     results = []
     for linear, b_NR, ranks in zip(linears, bs, _rank_slices(linears), strict=True):
@@ -370,13 +370,13 @@ def linears_backward_input(
     adapters = _through_b(dys, xa_TS, linears)
     if not needs_input:
         return None, adapters
-    own = _rounded(linears, dys[0].dtype)
+    matrices = _rounded(linears, dys[0].dtype)
     low_rank = dx_TK = None
-    if adapters is not None and own is not None:
+    if adapters is not None and matrices is not None:
         if _drops_out(linears):
-            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, own.a_SK)
+            dx_TK = _gradient_through_a(adapters.dxa_TS, linears, matrices.a_SK)
         else:
-            low_rank = (adapters.dxa_TS, own.a_SK.t())
+            low_rank = (adapters.dxa_TS, matrices.a_SK.t())
     weights = [linear.weight for linear in linears if isinstance(linear.weight, QuantizedWeight)]
     if len(weights) == len(linears):
         given = quantized or [None] * len(linears)
@@ -385,9 +385,9 @@ def linears_backward_input(
             for dy, weight, dy8 in zip(dys, weights, given, strict=True)
         ]
         return fp8_sum(products, low_rank=low_rank, add_TN=dx_TK, dtype=dys[0].dtype), adapters
-    matrices = [linear.weight.weight_NK for linear in linears if isinstance(linear.weight, DenseWeight)]
-    if len(matrices) == len(linears):
-        dense = [(dy_TN, weight_NK.detach()) for dy_TN, weight_NK in zip(dys, matrices, strict=True)]
+    dense_weights = [linear.weight.weight_NK for linear in linears if isinstance(linear.weight, DenseWeight)]
+    if len(dense_weights) == len(linears):
+        dense = [(dy_TN, weight_NK.detach()) for dy_TN, weight_NK in zip(dys, dense_weights, strict=True)]
         if sums_in_one_launch(dense, low_rank, dx_TK):
             return dense_sum(dense, low_rank=low_rank, add_TN=dx_TK), adapters
     if low_rank is not None:
@@ -415,7 +415,7 @@ def linears_backward_parameters(
         d_bs = list(adapters.d_bs)
         missing = [i for i, linear in enumerate(linears) if linear.b_NR is not None and d_bs[i] is None]
         of_b = [(xa_TS[:, slices[i]], dys[i]) for i in missing]
-        da_SK, *made = _gradients_of_a(adapters.dxa_TS, x, linears, of_b)
+        da_SK, *made = _gradients_of_a_and_b(adapters.dxa_TS, x, linears, of_b)
         for i, gradient in zip(missing, made, strict=True):
             d_bs[i] = gradient
     gradients: list[Tensor | None] = []

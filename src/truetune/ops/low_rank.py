@@ -254,7 +254,7 @@ def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor
 
 
 class NormedRows(NamedTuple):
-    """x * rstd * (offset + weight), which `outer` makes as it reads x, the residual stream in any dtype; rstd is fp32.
+    """x * rstd * (offset + weight), which `outers` makes as it reads x, the residual stream in any dtype; rstd is fp32.
     `norm(x)` is the same as a tensor, in the dtype of the linears."""
 
     x_TK: Tensor
@@ -294,10 +294,12 @@ def outer(d_TS: Tensor, x: Tensor | NormedRows, *, by_rank: bool = True) -> Tens
 def outers(
     d_TS: Tensor, x: Tensor | NormedRows, others: Sequence[tuple[Tensor, Tensor]] = (), *, by_rank: bool = True
 ) -> list[Tensor]:
-    """`outer`, and of all others, d_TR and x_TN, x.T @ d [N, R]: the gradients of A and of several B.
+    """`outer`, and of all others, d_TR and x_TN, x.T @ d [N, R]: the gradients of A and of several B. T is the same of
+    all; the results are views of one tensor.
 
-    On Hopper in one launch, and one for the sum of its parts: of one product in 1.0 to 1.2 times cuBLAS's time (1.36 at
-    1,024 columns), with `NormedRows` in 0.5 to 0.6 of a norm's and cuBLAS's; on the host as `project`.
+    On Hopper up to four in one launch, and one for the sum of its parts, where a kernel takes all of them: one in 1.0
+    to 1.2 times cuBLAS's time (1.36 at 1,024 columns), with `NormedRows` in 0.5 to 0.6 of a norm's and cuBLAS's; on the
+    host as `project`.
     """
     x_TK = x.x_TK if isinstance(x, NormedRows) else x
     pairs = [(d_TS, x_TK), *others]
@@ -352,7 +354,8 @@ def _splits(T: int, block_t: int, most: int) -> tuple[int, int]:
 
 
 def one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
-    """Whether `low_rank_backward` reads dy once."""
+    """Whether `low_rank_backward` reads dy [T, N] once, for b [N, R] and x [T, R]; else it makes one product after the
+    other."""
     (T, N), R = dy_TN.shape, x_TR.shape[1]
     if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or x_TR.dtype != dy_TN.dtype or T == 0 or R > 32:
         return False

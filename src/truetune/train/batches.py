@@ -44,8 +44,11 @@ def documents_each(dataset: Any) -> np.ndarray | None:
     """Documents of each row; None where they cannot be known unread. TRL's packing says of each row what it holds, and
     any other row is one document."""
     lengths = row_lengths(dataset)
-    if lengths is None or "seq_lengths" not in dataset.column_names:
-        return None if lengths is None else np.ones(len(lengths), np.int64)
+    if lengths is None or not isinstance(dataset, datasets.Dataset):
+        return None
+    packed = dataset.features.get("seq_lengths")
+    if not isinstance(packed, datasets.List | datasets.LargeList):
+        return np.ones(len(lengths), np.int64)
     import pyarrow.compute as pc
 
     table = dataset.with_format("arrow").select_columns(["seq_lengths"])[:]

@@ -37,11 +37,13 @@ class DeviceMetrics:
         if not self._sums:
             return {}
         # Plain numbers: the device waits for the next step meanwhile, and PyTorch's operators on the host take longer.
-        names = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
         values: dict[str, list[float]] = {}
-        for supervised, _, entropy, top1, *others in torch.stack(self._sums).tolist():
+        for supervised, _, entropy, top1, num_tokens, *aux_loss in torch.stack(self._sums).tolist():
             share = 1 / supervised if supervised > 0 else 0.0
-            for name, value in zip(names, (entropy * share, top1 * share, *others), strict=False):
+            found = {"entropy": entropy * share, "mean_token_accuracy": top1 * share, "num_tokens": num_tokens}
+            if aux_loss:
+                found["aux_loss"] = aux_loss[0]
+            for name, value in found.items():
                 values.setdefault(name, []).append(value)
         self._sums = []
         return values
