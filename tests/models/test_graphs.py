@@ -317,6 +317,7 @@ def test_packs_of_many_documents_are_captured_again(make, monkeypatch):
     assert graphs.why_off is None
     assert graphs.replays == 5
     assert graphs.captures == 3
+    assert len(graphs._captured.cu_seq_lens) - 1 == 2 * 60 + 2  # and two of zeros
 
 
 def test_a_hidden_state_that_is_changed_between_layers_is_refused(make):

@@ -28,9 +28,9 @@ def test_low_rank_product_writes_every_place_of_strided_tensors(device, rank):
 @pytest.fixture
 def in_one_pass(monkeypatch):
     """How many gradients were read once, by programs for as many rows as on a small GPU."""
-    passes, pays = [], low_rank.one_pass_pays
+    passes, pays = [], low_rank._one_pass_pays
     monkeypatch.setattr(low_rank, "num_multiprocessors", lambda _: 7)
-    monkeypatch.setattr(low_rank, "one_pass_pays", lambda *tensors: passes.append(pays(*tensors)) or passes[-1])
+    monkeypatch.setattr(low_rank, "_one_pass_pays", lambda *tensors: passes.append(pays(*tensors)) or passes[-1])
     return passes
 
 
@@ -43,11 +43,15 @@ def test_gradients_of_a_low_rank_product_are_those_of_fp64(device, rank, rows, i
     b = torch.randn(N, rank, device=device)
     dx, db = low_rank_backward(dy, b, x)
     assert in_one_pass == [rank <= 32 and use_kernels(dy)]
-    assert dx.shape == x.shape and dx.dtype == dy.dtype and db.shape == b.shape and db.dtype == torch.float32
+    assert dx.shape == x.shape and dx.dtype == dy.dtype
     exact = dy.double() @ b.bfloat16().double()
-    if in_one_pass[0]:  # cuBLAS may add parts of a sum in bf16
-        assert ((dx.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
     assert error(dx, exact) < 2**-8
+    if in_one_pass[0]:  # cuBLAS may add parts of a sum in bf16
+        assert db.shape == b.shape and db.dtype == torch.float32
+        assert ((dx.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+    else:
+        assert db is None
+        db = outer(x, dy, by_rank=False)
     assert error(db, dy.double().t() @ x.double()) < 1e-5
 
 
@@ -57,20 +61,22 @@ def test_one_of_them_may_be_transposed(device, which):
     tensors[which] = tensors[which].t().contiguous().t()
     dy, b, x = tensors
     dx, db = low_rank_backward(dy, b, x)
-    assert error(dx, dy.double() @ b.double()) < 2**-8 and error(db, dy.double().t() @ x.double()) < 1e-4
+    assert db is None
+    assert error(dx, dy.double() @ b.double()) < 2**-8
+    assert error(outer(x, dy, by_rank=False), dy.double().t() @ x.double()) < 1e-4
 
 
 def test_a_gradient_is_the_same_twice_to_the_bit(device):
     dy, x = torch.randn(300, 4096, device=device).bfloat16(), torch.randn(300, 16, device=device).bfloat16()
     b = torch.randn(4096, 16, device=device)
     for first, second in zip(low_rank_backward(dy, b, x), low_rank_backward(dy, b, x), strict=True):
-        assert torch.equal(first, second)
+        assert first is second is None or torch.equal(first, second)
 
 
 def test_no_rows_have_no_gradient(device):
     dy, x = torch.ones(0, 64, device=device).bfloat16(), torch.ones(0, 8, device=device).bfloat16()
     dx, db = low_rank_backward(dy, torch.ones(64, 8, device=device), x)
-    assert dx.shape == (0, 8) and (db == 0).all()
+    assert dx.shape == (0, 8) and db is None and (outer(x, dy, by_rank=False) == 0).all()
 
 
 @pytest.fixture

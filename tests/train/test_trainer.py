@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, DataCollatorForLanguageModeling, Ll
 
 import truetune
 from pairs import line, llama, losses
-from truetune.train.batches import documents_each, most_documents
+from truetune.train.batches import document_capacity, documents_each
 from truetune.train.errors import TrainError
 from truetune.train.stock import why_stock_trl
 
@@ -354,10 +354,10 @@ def test_trained_token_rows_reach_the_head(make, tokenizer, tied):
     ids=str,
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_most_documents_of_a_batch_are_known_before_it_is_read(make, fields, batch_size):
+def test_the_document_capacity_of_a_batch_are_known_before_it_is_read(make, fields, batch_size):
     trainer = make({"max_length": 256, "per_device_train_batch_size": batch_size} | fields)
     documents = [len(batch["cu_seq_lens_q"]) - 1 for batch in trainer.get_train_dataloader()]
-    most = trainer.most_documents()
+    most = trainer.document_capacity()
     assert max(documents) <= most
     if batch_size == 1 or "packing" not in fields:
         assert max(documents) == most
@@ -376,7 +376,7 @@ def test_batches_of_many_rows_hardly_exceed_what_is_expected():
     generator = np.random.default_rng(0)
     counts = np.minimum(generator.geometric(0.12, 400), 60)
     batches = [counts[generator.permutation(400)[:4]].sum() for _ in range(5000)]
-    expected = most_documents(counts, 4)
+    expected = document_capacity(counts, 4)
     assert 1 <= sum(batch > expected for batch in batches) <= 100
     assert expected < 0.6 * np.sort(counts)[-4:].sum()
-    assert most_documents(counts, 1) == counts.max()
+    assert document_capacity(counts, 1) == counts.max()

@@ -34,7 +34,7 @@ HOST_BOUND = 1.1  # plain passes that take this much longer wait for the host, a
 MOST_CAPTURES = 8  # where the layers change again and again, they run as they are
 MOST_ERROR = 1e-2  # of the replayed to the plain pass, relative, or three times that between two plain ones: attention
 # adds up its gradients in any order, and FP8 rounds the difference up
-SPARE_DOCUMENTS = 16  # beside 5/4 of those of the pack that is captured, where nobody knows what others have
+SPARE_DOCUMENTS = 16  # and a quarter of those of the pack that is captured, where nobody knows what others have
 SHORT_DOCUMENT = 128  # tokens, a tile of attention's: with 64 FlashAttention-4 takes 3% longer on an H200
 FIRST_LAYERS = 2  # in a graph of their own, which is soon launched: the host needs 1.3 ms for 27 layers' one
 _AT_ONCE = "and CUDA graphs run all layers at once: set cuda_graphs to False."
@@ -454,10 +454,11 @@ class LayerGraphs:
 
     def _room(self, documents: int) -> int:
         """For how many documents a graph is made for a pack that has so many. Those that stay empty cost attention half
-        a microsecond each in every layer; too little room is made anew."""
+        a microsecond each in every layer. Where there was too little room before it doubles, and soon is enough."""
         expected = self.documents
         if expected is None or expected < documents:
-            expected = documents + documents // 4 + SPARE_DOCUMENTS
+            spare = documents // 4 if self.captures == 1 else documents
+            expected = documents + spare + SPARE_DOCUMENTS
         return expected + -(-self.tokens // self.longest)  # of zeros
 
     def _capture(self, hidden_1TH: Tensor, given: dict[str, Any], dtype: torch.dtype) -> _Captured:

@@ -28,7 +28,6 @@ from truetune.ops.low_rank import (
     low_rank_backward,
     low_rank_product,
     matmul_fp32,
-    one_pass_pays,
     outer,
     outers,
     project,
@@ -343,11 +342,10 @@ def _through_b(dys: Sequence[Tensor], xa_TS: Tensor | None, linears: Sequence[Li
     for dy_TN, linear, ranks in zip(dys, linears, _rank_slices(linears), strict=True):
         d_b = None
         if linear.b_NR is not None:
-            b_NR = linear.b_NR.detach()
-            if xa_TS is not None and one_pass_pays(dy_TN, b_NR, xa_TS[:, ranks]):
-                dxa_TR, d_b = low_rank_backward(dy_TN, b_NR, xa_TS[:, ranks])
+            if xa_TS is None:
+                dxa_TR = project(dy_TN, linear.b_NR.detach().t())
             else:
-                dxa_TR = project(dy_TN, b_NR.t())
+                dxa_TR, d_b = low_rank_backward(dy_TN, linear.b_NR.detach(), xa_TS[:, ranks])
             parts.append(dxa_TR)
         d_bs.append(d_b)
     if not parts:

@@ -109,27 +109,30 @@ if triton is not None:
 
     @triton.jit
     def _outer_part(
-        d_ptr, x_ptr, rstd_ptr, weight_ptr, parts_ptr, block, T, K, rows, d_stride, x_stride, offset,
+        d_ptr, x_ptr, rstd_ptr, weight_ptr, parts_ptr, first, T, K, rows, d_stride, x_stride, offset,
         RANKS: tl.constexpr, BY_RANK: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        block_rows = tl.program_id(1)
-        col, rank = block * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-        if rstd_ptr is not None:
-            weight = offset + tl.load(weight_ptr + col, mask=col < K, other=0.0).to(tl.float32)
-        total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-        for start in range(block_rows * rows, min(block_rows * rows + rows, T), BLOCK_T):
-            row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-            in_d = (row < T)[:, None] & (rank < RANKS)[None, :]
-            d = tl.load(d_ptr + row[:, None] * d_stride + rank[None, :], mask=in_d, other=0.0)
-            in_x = (row < T)[:, None] & (col < K)[None, :]
-            x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=in_x, other=0.0)
-            if rstd_ptr is not None:
-                rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-                x = x.to(tl.float32) * rstd[:, None] * weight[None, :]
-            total = tl.dot(d.T, x.to(d.dtype), total)
-        place = rank[:, None] * K + col[None, :] if BY_RANK else col[None, :] * RANKS + rank[:, None]
-        tl.store(parts_ptr + place, total, mask=(rank < RANKS)[:, None] & (col < K)[None, :])
+        """One product's, whose blocks of columns begin with program `first`; RANKS is 0 where it is missing."""
+        block, block_rows = tl.program_id(0) - first, tl.program_id(1)
+        if RANKS > 0:  # noqa: SIM102
+            if (block >= 0) & (block < tl.cdiv(K, BLOCK_K)):
+                col, rank = block * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+                if rstd_ptr is not None:
+                    weight = offset + tl.load(weight_ptr + col, mask=col < K, other=0.0).to(tl.float32)
+                total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+                for start in range(block_rows * rows, min(block_rows * rows + rows, T), BLOCK_T):
+                    row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+                    in_d = (row < T)[:, None] & (rank < RANKS)[None, :]
+                    d = tl.load(d_ptr + row[:, None] * d_stride + rank[None, :], mask=in_d, other=0.0)
+                    in_x = (row < T)[:, None] & (col < K)[None, :]
+                    x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=in_x, other=0.0)
+                    if rstd_ptr is not None:
+                        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+                        x = x.to(tl.float32) * rstd[:, None] * weight[None, :]
+                    total = tl.dot(d.T, x.to(d.dtype), total)
+                place = rank[:, None] * K + col[None, :] if BY_RANK else col[None, :] * RANKS + rank[:, None]
+                tl.store(parts_ptr + place, total, mask=(rank < RANKS)[:, None] & (col < K)[None, :])
 
     @triton.jit(do_not_specialize=["T", "rows"])
     def _outer_kernel(
@@ -141,38 +144,22 @@ if triton is not None:
         BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """A program has a block of columns of one x and `rows` of its rows, and writes its part of the sum. The first x
-        may be normed on the way; of products that are missing RANKS is 0."""
-        block = tl.program_id(0)
-        end0 = tl.cdiv(K0, BLOCK_K)
-        end1 = end0 + tl.cdiv(K1, BLOCK_K)
-        end2 = end1 + tl.cdiv(K2, BLOCK_K)
-        place1 = RANKS0 * K0
-        place2 = place1 + RANKS1 * K1
-        place3 = place2 + RANKS2 * K2
-        parts_ptr += tl.program_id(1).to(tl.int64) * (place3 + RANKS3 * K3)
-        if block < end0:
-            _outer_part(
-                d0_ptr, x0_ptr, rstd_ptr, weight_ptr, parts_ptr, block, T, K0, rows, d0_stride, x0_stride, offset,
-                RANKS0, BY_RANK, BLOCK_R0, BLOCK_T0, BLOCK_K,
-            )  # fmt: skip
-        if RANKS1 > 0:  # noqa: SIM102
-            if (block >= end0) & (block < end1):
-                _outer_part(
-                    d1_ptr, x1_ptr, None, None, parts_ptr + place1, block - end0, T, K1, rows, d1_stride, x1_stride,
-                    0.0, RANKS1, False, BLOCK_R, BLOCK_T, BLOCK_K,
-                )  # fmt: skip
-        if RANKS2 > 0:  # noqa: SIM102
-            if (block >= end1) & (block < end2):
-                _outer_part(
-                    d2_ptr, x2_ptr, None, None, parts_ptr + place2, block - end1, T, K2, rows, d2_stride, x2_stride,
-                    0.0, RANKS2, False, BLOCK_R, BLOCK_T, BLOCK_K,
-                )  # fmt: skip
-        if RANKS3 > 0:  # noqa: SIM102
-            if block >= end2:
-                _outer_part(
-                    d3_ptr, x3_ptr, None, None, parts_ptr + place3, block - end2, T, K3, rows, d3_stride, x3_stride,
-                    0.0, RANKS3, False, BLOCK_R, BLOCK_T, BLOCK_K,
-                )  # fmt: skip
+        may be normed on the way."""
+        first1 = tl.cdiv(K0, BLOCK_K)
+        first2 = first1 + tl.cdiv(K1, BLOCK_K)
+        first3 = first2 + tl.cdiv(K2, BLOCK_K)
+        part1 = RANKS0 * K0
+        part2 = part1 + RANKS1 * K1
+        part3 = part2 + RANKS2 * K2
+        parts_ptr += tl.program_id(1).to(tl.int64) * (part3 + RANKS3 * K3)
+        _outer_part(d0_ptr, x0_ptr, rstd_ptr, weight_ptr, parts_ptr, 0, T, K0, rows, d0_stride, x0_stride, offset,
+                    RANKS0, BY_RANK, BLOCK_R0, BLOCK_T0, BLOCK_K)  # fmt: skip
+        _outer_part(d1_ptr, x1_ptr, None, None, parts_ptr + part1, first1, T, K1, rows, d1_stride, x1_stride, 0.0,
+                    RANKS1, False, BLOCK_R, BLOCK_T, BLOCK_K)  # fmt: skip
+        _outer_part(d2_ptr, x2_ptr, None, None, parts_ptr + part2, first2, T, K2, rows, d2_stride, x2_stride, 0.0,
+                    RANKS2, False, BLOCK_R, BLOCK_T, BLOCK_K)  # fmt: skip
+        _outer_part(d3_ptr, x3_ptr, None, None, parts_ptr + part3, first3, T, K3, rows, d3_stride, x3_stride, 0.0,
+                    RANKS3, False, BLOCK_R, BLOCK_T, BLOCK_K)  # fmt: skip
 
     @triton.jit
     def _store_sum(parts_ptr, out_ptr, parts, size, index, BLOCK: tl.constexpr):
@@ -227,14 +214,15 @@ def low_rank_product(x_TR: Tensor, b_NR: Tensor, adds: Sequence[Tensor], out_TN:
     return out_TN
 
 
-def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor, Tensor]:
+def low_rank_backward(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> tuple[Tensor, Tensor | None]:
     """(dy @ b [T, R] in the dtype of dy, dy.T @ x [N, R] in fp32); b is rounded to the dtype of dy.
 
-    One pass over dy where that pays: for ranks up to 32 (benchmarks/bench_low_rank.py).
+    Both in one pass over dy where that pays: for ranks up to 32 (benchmarks/bench_low_rank.py). Elsewhere the second is
+    None, which `outers` makes with others.
     """
     (T, N), R = dy_TN.shape, x_TR.shape[1]
-    if not one_pass_pays(dy_TN, b_NR, x_TR):
-        return project(dy_TN, b_NR.t()), outer(x_TR, dy_TN, by_rank=False)
+    if not _one_pass_pays(dy_TN, b_NR, x_TR):
+        return project(dy_TN, b_NR.t()), None
     blocks_n = cdiv(N, _BACKWARD_N)
     rows, splits = _splits(T, _BACKWARD_T, 2 * num_multiprocessors(dy_TN.device) // blocks_n)
     dx_TR = torch.empty((T, R), dtype=dy_TN.dtype, device=dy_TN.device)
@@ -353,9 +341,7 @@ def _splits(T: int, block_t: int, most: int) -> tuple[int, int]:
     return rows, cdiv(T, rows)
 
 
-def one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
-    """Whether `low_rank_backward` reads dy [T, N] once, for b [N, R] and x [T, R]; else it makes one product after the
-    other."""
+def _one_pass_pays(dy_TN: Tensor, b_NR: Tensor, x_TR: Tensor) -> bool:
     (T, N), R = dy_TN.shape, x_TR.shape[1]
     if not use_kernels(dy_TN) or dy_TN.dtype == torch.float32 or x_TR.dtype != dy_TN.dtype or T == 0 or R > 32:
         return False

@@ -55,9 +55,9 @@ def documents_each(dataset: Any) -> np.ndarray | None:
     return pc.list_value_length(table["seq_lengths"]).to_numpy()
 
 
-def most_documents(counts: np.ndarray, batch_size: int) -> int:
-    """What batches of rows with so many documents hardly exceed: all of them together, or by 3.5 standard deviations,
-    which one of several thousand does. Sums are never larger than those of the rows with most."""
+def document_capacity(counts: np.ndarray, batch_size: int) -> int:
+    """What batches of rows with so many documents hardly exceed: the rows with most, or, where rows meet by chance,
+    3.5 standard deviations above the mean, which a few of thousands exceed."""
     by_chance = batch_size * counts.mean() + 3.5 * counts.std() * math.sqrt(batch_size)
     most = int(counts[longest(counts, batch_size)].sum())
     return most if batch_size == 1 else min(most, math.ceil(by_chance))

@@ -77,7 +77,7 @@ def layer_graphs(trainer: Any, wanted: bool) -> Iterator[None]:
     tokens = trainer.token_budget()
     layers = trainer.activations.layers[:-1]
     longest, recorder = trainer.args.max_length or tokens, Recorder(trainer.args.device)
-    graphs = LayerGraphs(layers, tokens, longest, shortest_pack(trainer), recorder, trainer.most_documents())
+    graphs = LayerGraphs(layers, tokens, longest, shortest_pack(trainer), recorder, trainer.document_capacity())
     try:
         yield
     finally:

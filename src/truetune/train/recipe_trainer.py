@@ -16,7 +16,7 @@ from truetune.data.packing import PackSampler, pack_stream
 from truetune.data.stream import BUFFER
 from truetune.proof.drift import GIB, device_bytes, process_bytes
 from truetune.proof.supervision import Documents
-from truetune.train.batches import document_lengths, loads_without_effects, longest, most_documents
+from truetune.train.batches import document_capacity, document_lengths, loads_without_effects, longest
 from truetune.train.errors import TrainError
 from truetune.train.metrics import TOKEN_KINDS, nll_by_kind, nll_by_source, source_names
 from truetune.train.trainer import SFTTrainer
@@ -101,12 +101,12 @@ class RecipeTrainer(SFTTrainer):
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
 
-    def most_documents(self) -> int | None:
+    def document_capacity(self) -> int | None:
         if not self._pack or isinstance(self.train_dataset, datasets.IterableDataset):
-            return super().most_documents()
+            return super().document_capacity()
         # Of the first epoch: in others documents of as many tokens take each other's places.
         packs = self._sampler(self.train_dataset, self._seed)
-        return most_documents(np.array([len(pack) for pack in packs]), self._train_batch_size)
+        return document_capacity(np.array([len(pack) for pack in packs]), self._train_batch_size)
 
     def _rows_an_epoch(self) -> int | None:
         dataset = self.train_dataset

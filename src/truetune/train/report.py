@@ -56,3 +56,12 @@ class TrainReport:
             sizes = (f"{group.tensors:,}", f"{group.parameters:,}")
             table.add_row(group.name, *sizes, f"{group.learning_rate:.3g}", f"{group.weight_decay:g}")
         return table
+
+
+def by_reason(reasons: list[str]) -> list[str]:
+    """ "A: it is not installed", "B: it is not installed" -> "A, B: it is not installed"."""
+    names: dict[str, list[str]] = {}
+    for line in reasons:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(those)}: {reason}" for reason, those in names.items()]

@@ -32,12 +32,12 @@ from truetune.train.activations import Activations, check_policy
 from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
+    document_capacity,
     documents_each,
     documents_of_rows,
     evaluation_documents,
     has_trl_collator,
     loads_without_effects,
-    most_documents,
     planned_steps,
     row_lengths,
     unpadding,
@@ -50,7 +50,7 @@ from truetune.train.loop import QuietTrainer
 from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
-from truetune.train.report import TrainReport
+from truetune.train.report import TrainReport, by_reason
 from truetune.train.stock import why_not_unpad, why_stock_trl
 from truetune.train.trials import check_checkpoint, check_evaluation_batch, check_largest_batch
 
@@ -139,7 +139,7 @@ class SFTTrainer(QuietTrainer):
         attention = use_varlen_attention(base, autocast)
         replaced = [] if had == ATTENTION_NAME else [f"in place of {had}"]
         self.report.add(
-            "attention", "variable-length", attention.in_effect, "; ".join(replaced + _by_reason(attention.reasons))
+            "attention", "variable-length", attention.in_effect, "; ".join(replaced + by_reason(attention.reasons))
         )
 
     def _set_adapters(self, trained_before: dict[str, torch.Tensor]) -> None:
@@ -205,10 +205,10 @@ class SFTTrainer(QuietTrainer):
         dataset = self.eval_dataset if evaluation else self.train_dataset
         return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
 
-    def most_documents(self) -> int | None:
+    def document_capacity(self) -> int | None:
         """What a micro-batch hardly exceeds; None where that is not known before the data is read."""
         counts = documents_each(self.train_dataset)
-        return None if counts is None else most_documents(counts, self._train_batch_size)
+        return None if counts is None else document_capacity(counts, self._train_batch_size)
 
     def planned_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where the data has no length."""
@@ -500,15 +500,6 @@ class SFTTrainer(QuietTrainer):
         super().save_model(*args, **kwargs)
         if self.activations is not None and self.args.should_save and self.args.output_dir is not None:
             self.activations.save(self.args.output_dir)
-
-
-def _by_reason(reasons: list[str]) -> list[str]:
-    """ "A: it is not installed", "B: it is not installed" -> "A, B: it is not installed"."""
-    names: dict[str, list[str]] = {}
-    for line in reasons:
-        name, _, reason = line.partition(": ")
-        names.setdefault(reason, []).append(name)
-    return [f"{', '.join(those)}: {reason}" for reason, those in names.items()]
 
 
 def _trained_tensors(model) -> dict[str, torch.Tensor]:
