@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from truetune.models.bound import bind, is_bound, is_replaced
 
 _FOUND = "_truetune_modules"
-_MODULES, _VALUES = operator.attrgetter("_modules"), operator.methodcaller("values")
+_MODULES, _TRAINING = operator.attrgetter("_modules"), operator.attrgetter("training")
 _PARAMETERS = ("parameters", "named_parameters", "named_modules")  # what `parameters` asks
 
 
@@ -53,18 +53,16 @@ class _Found:
                 self.modules.append(module)
                 if module._modules:
                     left += list(module._modules.values())[::-1]
-        self._dicts = [module._modules for module in self.modules]
+        self._dicts = list(map(_MODULES, self.modules))
         self._lengths = list(map(len, self._dicts))
-        self._children = list(self._children_now())
-
-    def _children_now(self) -> Iterator[nn.Module | None]:
-        return chain.from_iterable(map(_VALUES, filter(None, self._dicts)))
+        self._views = [children.values() for children in self._dicts if children]  # which see what is replaced
+        self._children = list(chain.from_iterable(self._views))
 
     def is_current(self) -> bool:
         return (
             all(map(operator.is_, map(_MODULES, self.modules), self._dicts))
             and list(map(len, self._dicts)) == self._lengths
-            and all(map(operator.is_, self._children_now(), self._children))
+            and all(map(operator.is_, chain.from_iterable(self._views), self._children))
         )
 
     def __reduce__(self):
@@ -80,7 +78,8 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 def _train(self, mode: bool = True) -> nn.Module:
     """The model's own, unless there is nothing to change."""
-    if all(module.training is mode for module in _modules(self)):
+    flags = map(_TRAINING, _modules(self))
+    if all(flags) if mode else not any(flags):
         return self
     return type(self).train(self, mode)
 
