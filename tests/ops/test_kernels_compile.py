@@ -199,10 +199,12 @@ def of_linears() -> list[Kernel]:
                 "_low_rank_backward_kernel",
                 module._BACKWARD_WARPS,
                 d_low_rank | {"RANK": rank, "BLOCK_R": max(16, rank)},
-                targets=range(80, 1000),
-                num_stages=module._BACKWARD_STAGES,
+                targets=range(target, target + 1),
+                num_stages=module.backward_stages(divmod(target, 10), rank),
             )
             for rank in (8, 16, 32)
+            for target in TARGETS
+            if target >= 80
         ),
         Kernel("low_rank", "_sum_parts_kernel", 4, {"BLOCK": 1024}),
         *(
