@@ -1,7 +1,7 @@
 """Fused decoder layers as CUDA graphs: the forward passes of the first two, those of the others, all backward passes.
 
 A layer of a small model is over on a GPU before the host has launched it: a 0.6B model's step on 16,384 tokens takes
-117 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
+120 ms on an H200 and took 200, the rest waiting for the host. Here all layers but the last, which takes the loss's rows
 alone, run once as they are, are captured, and from then on cost the host three launches. The first layer's forward
 gives the result of all of them, and the others pass it on.
 

@@ -2,7 +2,7 @@
 
 The device waits meanwhile. With LoRA an 8B model has 2,665 modules: on a GPU's host `train` took 6 ms a step, the
 search for gradients to clip 8 and `zero_grad` 5. These give the same answers, bound to the instance, in a fraction:
-`train`, whose modules are in no cache by then, in 1.4 ms of 2.4 that it took with a walk of its own.
+`train` in 0.4 ms of 6 with a 0.6B model's 2,389, if it is asked again at once; within a step they are in no cache.
 """
 
 import operator
