@@ -48,7 +48,8 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/compare.py --systems truetune,trl --recipe 0.6b-lora --recipe 0.6b-qlora --recipe 0.6b-full
+	$(BIN)/python benchmarks/compare.py --systems truetune,trl --recipe 0.6b-lora --recipe 0.6b-qlora --recipe 0.6b-full \
+		--out runs/bench.json
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -25,6 +25,7 @@ from pathlib import Path
 
 STEPS, WARM_UP, ROWS, LENGTH = 14, 5, 4, 4096
 SYSTEMS = ("truetune", "trl", "unsloth", "liger")
+HEADER = f"{'':18}{'tokens/s':>10}{'peak GiB':>10}{'truetune:':>12}{'speed':>8}{'memory':>8}"
 
 
 @dataclass(frozen=True)
@@ -310,10 +311,10 @@ def run_apart(system: str, name: str, directory: Path, peer_path: str, limit: fl
     return json.loads(found[-1].removeprefix("RESULT "))
 
 
-def table(name: str, runs: list[dict]) -> str:
-    """Every system's numbers, and truetune's over them."""
+def table_rows(name: str, runs: list[dict]) -> str:
+    """Of the table: every system's numbers with one recipe, and truetune's over them."""
     ours = next((run for run in runs if run["system"] == "truetune"), None)
-    lines = [f"{name:18}{'tokens/s':>10}{'peak GiB':>10}{'truetune:':>12}{'speed':>8}{'memory':>8}"]
+    lines = [name]
     for run in runs:
         ratio = "" if ours is None or run is ours else (
             f"{'':12}{ours['tokens_per_s'] / run['tokens_per_s']:>7.2f}x{ours['peak_gib'] / run['peak_gib']:>7.2f}x"
@@ -340,20 +341,24 @@ def main() -> None:
         system, name = options.one
         print("RESULT " + json.dumps(train_one(system, RECIPES[name], options.inputs)), flush=True)
         return
+    systems = options.systems.split(",")
+    if unknown := set(systems) - set(SYSTEMS):
+        parser.error(f"--systems {', '.join(sorted(unknown))} is unknown: use some of {','.join(SYSTEMS)}.")
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("benchmarks/compare.py needs a CUDA GPU: its numbers mean nothing on a CPU.")
     results = []
+    print(HEADER, flush=True)
     for name in options.recipe or ["0.6b-lora"]:
         # Apart: a process that has used the GPU holds memory that the systems may need.
         command = [sys.executable, __file__, "--make", RECIPES[name].model, "--inputs", str(options.inputs)]
         subprocess.run(command, check=True)
-        systems = options.systems.split(",")
         runs = [run_apart(system, name, options.inputs, options.peer_path, options.limit) for system in systems]
         results.append({"recipe": name, **asdict(RECIPES[name]), "runs": [run for run in runs if run]})
-        print(table(name, results[-1]["runs"]), flush=True)
+        print(table_rows(name, results[-1]["runs"]), flush=True)
         if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
 
 

@@ -149,6 +149,10 @@ def test_plan_says_what_to_lower_and_that_works(qwen_8b, capfd):
             "leaves the memory of activations to Transformers",
         ),
         (["--memory", "80", "training.activation_policy=none"], "activation_policy 'none' is unknown"),
+        (
+            ["--memory", "80", "training.activation_policy=lean", "training.gradient_checkpointing=false"],
+            "gradient_checkpointing=False keeps every activation",
+        ),
     ],
 )
 def test_plan_refuses_in_one_sentence(qwen_8b, capfd, words, message):

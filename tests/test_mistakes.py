@@ -119,6 +119,13 @@ NO_RECIPE = [
     ("schedule's unknown keyword", nothing, [*TRAIN, "training.lr_scheduler_kwargs={foo: 1}"], "foo"),
     ("stream without an end", nothing, [*TRAIN, "streaming=true"], "`training.max_steps`"),
     ("streaming of one source", nothing, [*TRAIN, "data.0.streaming=true"], "at the top of the recipe"),
+    ("unknown policy", nothing, [*TRAIN, "training.activation_policy=none"], "use one of auto, keep, lean, offload"),
+    (
+        "policy without checkpointing",
+        nothing,
+        [*TRAIN, "training.activation_policy=lean", "training.gradient_checkpointing=false"],
+        "gradient_checkpointing=False keeps every activation",
+    ),
     ("no embedding trained", nothing, [*TRAIN, "training.embedding_learning_rate=1e-5"], "embedding_learning_rate"),
 ]
 BAD_DATA = [

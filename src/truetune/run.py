@@ -41,6 +41,7 @@ from truetune.run_plan import print_whether_it_fits
 from truetune.run_proven import proven_before
 from truetune.run_record import MetricsFile, as_written, finished, new_record, read_record, with_model, write_json
 from truetune.run_resume import check_same_run
+from truetune.train.activations import asked_policy
 from truetune.train.checkpoints import checkpoint_step
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
@@ -146,6 +147,7 @@ def check_configuration(recipe: Recipe, args: SFTConfig, console: Console | None
 
     Raises `ModelError` and `TrainError`.
     """
+    asked_policy(args)
     config = check_model(model_path(recipe), precision=model_precision(recipe), **hub_arguments(recipe))
     model = without_weights(config, recipe)
     check_architecture(model, recipe, args)

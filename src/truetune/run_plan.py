@@ -40,7 +40,7 @@ from truetune.run_model import (
     with_adapter,
     without_weights,
 )
-from truetune.train.activations import check_policy, step_memory
+from truetune.train.activations import asked_policy, step_memory
 from truetune.train.config import SFTConfig
 from truetune.train.errors import TrainError
 
@@ -102,7 +102,7 @@ def plan_model(model: Any, recipe: Recipe, args: SFTConfig, memory_gib: float | 
             "this recipe leaves the memory of activations to Transformers, which is not planned: remove "
             "gradient_checkpointing_kwargs, activation_offloading and fuse: false."
         )
-    check_policy(args.activation_policy)
+    asked = asked_policy(args)
     precision = model_precision(recipe)
     if reason := why_not_planned(model):
         raise ModelError(f"{recipe.model} cannot be planned, because {reason}: train it, and see what the report says.")
@@ -119,7 +119,7 @@ def plan_model(model: Any, recipe: Recipe, args: SFTConfig, memory_gib: float | 
         fp8=precision == "fp8", host_rate=known_host_rate(device), host_bytes=here,
     )  # fmt: skip
 
-    policy = args.activation_policy if args.gradient_checkpointing else "keep"
+    policy = asked if args.gradient_checkpointing else "keep"
     if policy in POLICIES:
         plan = ActivationPlan(policy, choose(policy, memory, room, rates))
     else:

@@ -158,6 +158,7 @@ def test_what_asks_for_transformers_checkpointing_gets_it(make, kwargs, checkpoi
     ("fields", "message"),
     [
         ({"activation_policy": "none"}, "'none' is unknown: use one of auto, keep, lean, offload, or a saved plan"),
+        ({"activation_policy": None}, "'None' is unknown"),
         ({"activation_policy": "lean", "gradient_checkpointing": False}, "gradient_checkpointing=False keeps every"),
         ({"activation_policy": "lean", "fuse": False}, "not every layer is fused"),
         (
@@ -180,13 +181,44 @@ def test_a_saved_plan_is_saved_with_the_run_and_taken_again(make, tmp_path):
     assert saved["choices"] == ["lean"] * LAYERS
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps({**saved, "choices": ["lean", "recompute", "host", "keep"]}))
-    again = make(activation_policy=str(mixed))
+    again = make(activation_policy=mixed)
     assert [layer.activations.recompute for layer in again.activations.layers] == [True, True, False, False]
     assert line(again).in_effect == "keep 1 of 4 layers, 1 host, 1 recompute, 1 lean"
     assert trajectory(again) == trajectory(make())
     mixed.write_text(json.dumps({**saved, "choices": ["keep"]}))
     with pytest.raises(TrainError, match="is for 1 layers, not for 4"):
         make(activation_policy=str(mixed))
+
+
+def test_a_plan_goes_with_a_model_that_is_saved_elsewhere(make, tmp_path):
+    make().save_model(str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "activation_plan.json").is_file()
+    assert not (tmp_path / "out" / "activation_plan.json").exists()
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_trls_offloading_is_said_to_be_in_effect(make, checkpoints, monkeypatch):
+    offloaded = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: offloaded.append(x) or x, lambda x: x)
+    # TRL's own asks for a GPU.
+    monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: hooks)
+    with pytest.raises(TrainError, match="because activation_offloading select it"):
+        make(activation_offloading=True, gradient_checkpointing=checkpoints, activation_policy="keep")
+    trainer = make(activation_offloading=True, gradient_checkpointing=checkpoints)
+    in_effect = "checkpointed by Transformers, offloaded by TRL" if checkpoints else "offloaded by TRL"
+    assert (line(trainer).in_effect, trainer.activations) == (in_effect, None)
+    trainer.rehearse()
+    assert len(offloaded) > 10
+
+
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False, "every_n_layers": 2}])
+def test_a_rehearsal_is_checkpointed_as_the_training_is(make, kwargs):
+    """Without, it would need more memory than the training, and refuse what fits."""
+    trainer = make(SFTTrainer, gradient_checkpointing_kwargs=kwargs, fuse=kwargs is not None)
+    before = attention_calls.total()
+    trainer.rehearse()
+    assert attention_calls.total() - before == (2 * LAYERS if kwargs is None else LAYERS + LAYERS // 2)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
 
 
 def test_stochastic_rounding_has_fp32_averages_of_bf16_weights(make):
@@ -244,10 +276,16 @@ def same(a, b) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("kind", ["recipe", "packed by TRL", "padded"])
+@pytest.mark.parametrize("kind", ["recipe", "packed by TRL", "padded", "not fused", "unplanned"])
 def test_a_rehearsal_leaves_no_trace(make, kind, tokenizer):
     def trainer():
         fields = {"dropout": 0.3}
+        if kind == "not fused":
+            torch.manual_seed(0)
+            model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2))
+            return make(SFTTrainer, model=model)
+        if kind == "unplanned":
+            return make(SFTTrainer, gradient_checkpointing_kwargs={"use_reentrant": False}, **fields)
         if kind == "recipe":
             return make(eval_dataset=DOCUMENTS, eval_strategy="steps", eval_steps=2, **fields)
         return make(SFTTrainer, packing=kind == "packed by TRL", loss_type="dft", **fields)
@@ -297,6 +335,16 @@ def test_the_largest_batch_is_rehearsed(make):
     padded = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset(), neftune_noise_alpha=5.0)
     padded.rehearse()
     assert "not rehearsed" in line(padded).why
+    unplanned = make(SFTTrainer, train_dataset=DOCUMENTS.to_iterable_dataset(), fuse=False)
+    unplanned.rehearse()
+    assert "not rehearsed" in line(unplanned).why
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_token_ids_without_an_embedding_do_not_reach_the_device(make, fuse, tokenizer):
+    rows = DOCUMENTS.map(lambda row: {"input_ids": [len(tokenizer), *row["input_ids"][1:]]})
+    with pytest.raises(TrainError, match="no embedding for"):
+        make(SFTTrainer, train_dataset=rows, fuse=fuse).rehearse()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the device's allocator is asked")

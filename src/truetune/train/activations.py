@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from truetune.host import host_bytes
-from truetune.models.adapters import base_model, embedding_rows
+from truetune.models.adapters import base_model
 from truetune.models.attention import is_ours
 from truetune.models.errors import ModelError
 from truetune.models.head import loss_in_slabs
@@ -30,10 +30,10 @@ from truetune.models.plan import (
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, known_flops, known_host_rate
 from truetune.models.shapes import FP32, read_model
-from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.train.batches import full_batch
+from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
-from truetune.train.rehearsal import Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
+from truetune.train.rehearsal import NOT_REHEARSED, Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "activation_plan.json"
@@ -43,12 +43,20 @@ DOUBT = 1.2  # of predictions, for each plan that ran out of memory since the la
 WORTH_IT = 0.02  # a plan that is predicted to be this much faster is rehearsed in place of one that fits
 
 
-def check_policy(asked: str) -> None:
-    """Raises `TrainError` for what is neither a policy nor a file."""
+def asked_policy(args: Any) -> str:
+    """`activation_policy`: a policy or a saved plan's path. Raises `TrainError` for anything else, and where
+    `gradient_checkpointing=False` contradicts it."""
+    asked = str(own_setting(args, "activation_policy"))
     if asked not in POLICIES and not Path(asked).is_file():
         raise TrainError(
             f"activation_policy {asked!r} is unknown: use one of {', '.join(POLICIES)}, or a saved plan's path."
         )
+    if not args.gradient_checkpointing and asked not in ("auto", "keep"):
+        raise TrainError(
+            f"gradient_checkpointing=False keeps every activation, and activation_policy={asked!r} does not: "
+            "remove one of them."
+        )
+    return asked
 
 
 def compute_dtype(args: Any, model: nn.Module) -> torch.dtype:
@@ -142,10 +150,8 @@ class Activations:
         if batch is None and self.trainer.unpads and args.max_length is not None:
             batch = full_batch(self.trainer._train_batch_size, args.max_length)
         if batch is None:
-            self.notes.append("not rehearsed: the lengths of the data are not known before it is read")
+            self.notes.append(NOT_REHEARSED)
             return
-        if int(batch["input_ids"].max()) >= embedding_rows(self.trainer.model):
-            raise TrainError(f"The data has token ids that the model has no embedding for: {OTHER_TOKENIZER}.")
         tokens = batch["input_ids"].numel()
         self.memory = replace(self.memory, tokens=tokens)
         self._corrections, self._peaks, self._failed, self._doubt = {}, {}, set(), 1.0

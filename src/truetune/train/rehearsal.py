@@ -4,16 +4,22 @@ There is no optimizer yet and no DDP round the model, so ranks do not wait for e
 where another does not. What they found they compare afterwards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from truetune.models.adapters import embedding_rows
+from truetune.models.memory import optimizer_bytes
 from truetune.models.plan import fused_layers
+from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.proof.untouched import forget_failure, untouched
+from truetune.train.errors import TrainError
 
+NOT_REHEARSED = "not rehearsed: the lengths of the data are not known before it is read"
 HOST_COPY = 2**26  # bytes of the copy that is timed
 
 
@@ -28,7 +34,12 @@ class Rehearsed:
 
 
 def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
-    """`batch` forward and backward with `trainer`'s model, loss and precision; its gradients are dropped."""
+    """`batch` forward and backward with `trainer`'s model, loss and precision; its gradients are dropped.
+
+    Raises `TrainError` for token ids without an embedding, of which a GPU would die.
+    """
+    if int(batch["input_ids"].max()) >= embedding_rows(trainer.model):
+        raise TrainError(f"The data has token ids that the model has no embedding for: {OTHER_TOKENIZER}.")
     device = next(trainer.model.parameters()).device
     if device.type != "cuda":
         with untouched(trainer.model):
@@ -53,6 +64,31 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
         if peak is None:
             forget_failure(trainer.model)
         return Rehearsed(peak, before, seconds)
+
+
+def rehearse_unplanned(trainer: Any) -> str:
+    """The largest batch of a trainer whose activations nobody plans; says why where it is not tried.
+
+    Raises `TrainError` where it does not fit beside the optimizer's state.
+    """
+    batch = trainer.largest_batch()
+    if batch is None:
+        return NOT_REHEARSED
+    found = rehearse(trainer, batch)
+    device, args = trainer.args.device, trainer.args
+    fits = True
+    if device.type == "cuda":
+        trained = [(p.numel(), p.element_size()) for p in trainer.model.parameters() if p.requires_grad]
+        state = optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trained)
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        fits = found.peak is not None and found.peak + state <= room
+    everywhere = trainer.accelerator.gather(torch.tensor([fits], device=device))
+    if not bool(everywhere.all()):
+        raise TrainError(
+            f"The largest batch ({batch['input_ids'].numel():,} tokens) does not fit into device memory: lower "
+            f"per_device_train_batch_size from {args.per_device_train_batch_size}, or max_length."
+        )
+    return ""
 
 
 def rehearse_evaluation(trainer: Any, batch: Mapping[str, Any], full_logits: bool) -> bool:
@@ -87,16 +123,34 @@ def forward_backward(trainer: Any, batch: Mapping[str, Any]) -> float:
     trainer.model.train()
     inputs = trainer._prepare_inputs(dict(batch))
     num_items = _num_items(batch)
-    with trainer.accelerator.autocast():
-        if trainer.compute_loss_func is not None:
-            labels = inputs.pop("labels")
-            inputs.pop("loss_rows", None)
-            outputs = trainer.model(**inputs, use_cache=False)
-            loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
-        else:
-            loss = trainer.fused_outputs(trainer.model, inputs, num_items).loss
-    loss.backward()
+    with _checkpointed_as_in_training(trainer), trainer.maybe_activation_offload_context:
+        with trainer.accelerator.autocast():
+            if trainer.compute_loss_func is not None:
+                labels = inputs.pop("labels")
+                inputs.pop("loss_rows", None)
+                outputs = trainer.model(**inputs, use_cache=False)
+                loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+            else:
+                loss = trainer.fused_outputs(trainer.model, inputs, num_items).loss
+        loss.backward()
     return loss.item()
+
+
+@contextmanager
+def _checkpointed_as_in_training(trainer: Any) -> Iterator[None]:
+    """Transformers turns its checkpointing on when training begins; 5.17 and 5.23 by different names."""
+    model, args = trainer.model, trainer.args
+    if not args.gradient_checkpointing or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        yield
+        return
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    which = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": kwargs or None}, **which)
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
 
 
 def _num_items(batch: Mapping[str, Any]) -> int:
@@ -115,8 +169,9 @@ class _LayerClock:
             self.handles.append(layer.register_forward_pre_hook(lambda *_, begin=begin: begin.record()))
             self.handles.append(layer.register_forward_hook(lambda *_, end=end: end.record()))
 
-    def seconds(self) -> float:
-        return min(begin.elapsed_time(end) for begin, end in self.times[1:] or self.times) / 1e3
+    def seconds(self) -> float | None:
+        """None without a fused layer."""
+        return min((begin.elapsed_time(end) / 1e3 for begin, end in self.times[1:] or self.times), default=None)
 
     def stop(self) -> None:
         for handle in self.handles:

@@ -28,7 +28,7 @@ from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
 from truetune.proof.result import Proof
 from truetune.proof.supervision import Documents
-from truetune.train.activations import Activations, check_policy
+from truetune.train.activations import Activations, asked_policy
 from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
@@ -50,6 +50,7 @@ from truetune.train.loop import QuietTrainer
 from truetune.train.metrics import DeviceMetrics
 from truetune.train.optim import set_learning_rates, stochastic_adamw
 from truetune.train.proving import Proving
+from truetune.train.rehearsal import rehearse_unplanned
 from truetune.train.report import TrainReport, by_reason
 from truetune.train.stock import why_not_unpad, why_stock_trl
 from truetune.train.trials import check_checkpoint, check_evaluation_batch, check_largest_batch
@@ -165,27 +166,25 @@ class SFTTrainer(QuietTrainer):
     def _set_activations(self) -> None:
         """`activation_policy` decides where every layer is fused and nothing asks for TRL's own mechanisms."""
         args, layers = self.args, fused_layers(self.model)
-        asked = own_setting(args, "activation_policy")
-        check_policy(asked)
-        own = [name for name in ("gradient_checkpointing_kwargs", "activation_offloading") if getattr(args, name)]
-        policy, why = asked, ""
-        if not args.gradient_checkpointing:
-            if asked not in ("auto", "keep"):
-                raise TrainError(
-                    f"gradient_checkpointing=False keeps every activation, and activation_policy={asked!r} does not: "
-                    "remove one of them."
-                )
-            policy, why = "keep", "gradient_checkpointing=False"
-        elif own or not layers or len(layers) < len(decoder_layers(self.model)):
+        asked = policy = asked_policy(args)
+        checkpoints = args.gradient_checkpointing
+        own = ["gradient_checkpointing_kwargs"] if checkpoints and args.gradient_checkpointing_kwargs else []
+        own += ["activation_offloading"] if args.activation_offloading else []
+        why = ""
+        if own or (checkpoints and (not layers or len(layers) < len(decoder_layers(self.model)))):
             why = f"{' and '.join(own)} select it" if own else "not every layer is fused"
             if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
                 raise TrainError(
-                    f"activation_policy={asked!r} cannot be had, because {why} (TRL's own checkpointing): remove one "
+                    f"activation_policy={asked!r} cannot be had, because {why} (TRL's own mechanism): remove one "
                     "of them, or accept it with allow=['activation_policy']."
                 )
             set_activations(layers, ["keep"] * len(layers))  # in place of an earlier trainer's plan
-            self.report.add("activations", asked, "checkpointed by Transformers", why)
+            by = ["checkpointed by Transformers"] if checkpoints else []
+            by += ["offloaded by TRL"] if args.activation_offloading else []
+            self.report.add("activations", asked, ", ".join(by), why)
             return
+        if not checkpoints:
+            policy, why = "keep", "gradient_checkpointing=False"
         self._stop_checkpointing()
         if layers:
             self.activations = Activations(self, policy)
@@ -235,12 +234,15 @@ class SFTTrainer(QuietTrainer):
 
         Nothing that training depends on changes. Raises `TrainError` where it does not fit.
         """
-        if self.activations is None:
+        if not self._ours:
             return
-        self.activations.rehearse()
         line = next(line for line in self.report.lines if line.part == "activations")
-        line.in_effect = self.activations.in_words
-        line.why = "; ".join(filter(None, [line.why, *self.activations.notes]))
+        if self.activations is None:
+            notes = [rehearse_unplanned(self)]
+        else:
+            self.activations.rehearse()
+            line.in_effect, notes = self.activations.in_words, self.activations.notes
+        line.why = "; ".join(filter(None, [line.why, *notes]))
 
     def _stop_checkpointing(self) -> None:
         """So that Transformers checkpoints no layer behind the policy's back; 5.17 and 5.23 read different names."""
@@ -496,10 +498,12 @@ class SFTTrainer(QuietTrainer):
 
     # -- saving
 
-    def save_model(self, *args, **kwargs):
-        super().save_model(*args, **kwargs)
-        if self.activations is not None and self.args.should_save and self.args.output_dir is not None:
-            self.activations.save(self.args.output_dir)
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        # Beside the checkpoints, and with a model that is saved elsewhere.
+        directory = self.args.output_dir if _internal_call or output_dir is None else output_dir
+        if self.activations is not None and self.args.should_save and directory is not None:
+            self.activations.save(directory)
 
 
 def _trained_tensors(model) -> dict[str, torch.Tensor]:
