@@ -30,6 +30,13 @@ def test_the_written_template_says_the_defaults(tmp_path):
         assert re.search(rf"^{key}:", recipe_template(), re.M), f"the template does not show {key}"
 
 
+def test_the_written_template_lists_every_precision():
+    from truetune.models.load import PRECISIONS
+
+    line = next(line for line in recipe_template().splitlines() if line.startswith("precision:"))
+    assert line.partition("of the weights: ")[2].split(" | ") == list(PRECISIONS)
+
+
 def test_each_method_has_its_learning_rate_and_weights():
     assert [load(method=m).training["learning_rate"] for m in ("lora", "qlora", "full")] == [2e-4, 2e-4, 2e-5]
     assert [load(method=m).precision for m in ("lora", "qlora", "full")] == ["auto", "nf4", "auto"]

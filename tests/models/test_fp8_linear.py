@@ -6,12 +6,15 @@ import weakref
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from truetune.models.errors import ModelError
-from truetune.models.fp8 import Fp8Linear, replace_linears_with_fp8
+from truetune.models.fp8 import Fp8Linear, check_adapter_on_fp8, replace_linears_with_fp8
 from truetune.ops.fp8 import quantize_rows_reference
+from truetune.train.config import SFTConfig
+from truetune.train.trainer import SFTTrainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,7 +48,9 @@ def test_every_linear_of_the_layers_is_replaced_and_keeps_its_place_and_bias():
     before = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     report = replace_linears_with_fp8(model.eval())
     assert report.replaced == 14
-    assert report.left == {"lm_head": "it was to be skipped"}
+    assert report.left == {}
+    assert report.in_effect == "14 linears in FP8"
+    assert model.fp8_report is report
     for name, linear in before.items():
         module = model.get_submodule(name)
         if name == "lm_head":
@@ -141,8 +146,44 @@ def test_merging_into_fp8_is_refused(safe):
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(AttributeError, match="nothing can be merged into it: load the model in bf16"):
         model.merge_and_unload(safe_merge=safe)
-    with pytest.raises(TypeError, match=r"should be of type nn\.Parameter, got .*WeightIsFp8"):  # PEFT's own refusal
-        get_peft_model(model.unload(), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "DoRA trains norms of weights"),
+        ({"modules_to_save": ["up_proj"]}, r"modules_to_save trains model\.layers\.0\.mlp\.up_proj"),
+    ],
+)
+def test_what_an_adapter_wants_of_fp8_in_vain_is_refused(fields, message, tokenizer, tmp_path):
+    model = llama()
+    config = LoraConfig(r=4, target_modules=["q_proj"], **fields)
+    check_adapter_on_fp8(model, config)
+    replace_linears_with_fp8(model)
+    with pytest.raises(ModelError, match=message):
+        SFTTrainer(
+            model,
+            SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=Dataset.from_list([{"text": "What was meant."}]),
+            processing_class=tokenizer,
+            peft_config=config,
+        )
+
+
+def test_what_is_no_linear_is_named_by_its_kind():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.zeros(4, 32, 64))
+
+    class OwnLinear(nn.Linear):
+        pass
+
+    layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Sequential(OwnLinear(32, 32), Experts())}) for _ in range(3))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Conv1d(4, 4, 3), nn.Embedding(4, 32), layers).to(DEVICE)
+    report = replace_linears_with_fp8(model)
+    assert report.replaced == 1
+    assert report.reasons == ["3 mlp: OwnLinear is no plain nn.Linear", "3 mlp: Experts is no nn.Linear"]
 
 
 def test_casting_the_model_casts_no_part_of_the_fp8_weights():
@@ -181,7 +222,13 @@ def test_what_cannot_be_fp8_is_left_with_its_reason_or_refused():
     report = replace_linears_with_fp8(model, skip=("lm_head", "model.layers.1.self_attn.q_proj"))
     assert report.replaced == 7
     assert "multiples of 16, and this one is 64 x 104" in report.left["model.layers.0.mlp.down_proj"]
-    assert report.left["model.layers.1.self_attn.q_proj"] == "it was to be skipped"
+    assert type(model.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert "model.layers.1.self_attn.q_proj" not in report.left
+    assert report.in_effect == "7 linears in FP8, 6 modules as they were"
+    assert report.reasons == [
+        f"{kinds}: FP8 weights need feature counts that are multiples of 16, and this one is {shape}"
+        for kinds, shape in (("2 gate_proj, 2 up_proj", "104 x 64"), ("2 down_proj", "64 x 104"))
+    ]
     with pytest.raises(ModelError, match="no linear of Sequential could be made FP8"):
         replace_linears_with_fp8(nn.Sequential(nn.Linear(16, 24)))
     with pytest.raises(ModelError, match="multiples of 16"):

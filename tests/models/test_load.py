@@ -152,11 +152,32 @@ def test_an_unknown_precision_is_an_error(checkpoint):
         load_model(checkpoint, "int3")
 
 
-def test_fp8_replaces_the_linears_of_the_layers(checkpoint):
+def test_fp8_replaces_the_linears_of_the_layers(checkpoint, caplog):
     model = load_model(checkpoint, "fp8")
+    assert not caplog.records
     assert type(model.model.layers[0].mlp.up_proj) is Fp8Linear
     assert type(model.lm_head) is torch.nn.Linear
     assert torch.isfinite(model(**packed_batch()).logits).all()
+
+
+def test_what_fp8_leaves_as_it_was_is_said_and_kept(tmp_path, caplog):
+    transformers.LlamaForCausalLM(llama_config(intermediate_size=104)).save_pretrained(tmp_path / "odd")
+    model = get_peft_model(load_model(tmp_path / "odd", "fp8"), LoraConfig(r=4, target_modules="all-linear"))
+    multiples = "FP8 weights need feature counts that are multiples of 16, and this one is"
+    assert caplog.messages == [
+        "precision fp8 has 8 linears in FP8, 6 modules as they were "
+        f"(2 gate_proj, 2 up_proj: {multiples} 104 x 64; 2 down_proj: {multiples} 64 x 104)."
+    ]
+    assert model.fp8_report.in_effect == "8 linears in FP8, 6 modules as they were"
+
+
+def test_experts_that_fp8_leaves_as_they_were_are_named(tmp_path, caplog):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    config = transformers.Qwen3MoeConfig(**{**llama_config().to_dict(), **sizes, "model_type": "qwen3_moe"})
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    model = load_model(tmp_path / "moe", "fp8")
+    assert "8 linears in FP8, 2 modules as they were (2 experts: Qwen3MoeExperts is no nn.Linear)." in caplog.text
+    assert model.fp8_report.replaced == 8
 
 
 def test_what_precision_decides_cannot_be_given_beside_it(checkpoint):

@@ -1,5 +1,7 @@
 """Linears with LoRA against PyTorch's own autograd in fp64, and 4-bit weights against bitsandbytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from truetune.ops.lora import (
     linears_backward_input,
     linears_backward_parameters,
     linears_forward,
+    linears_reference,
 )
 from truetune.ops.nf4 import dequantize_nf4, dequantize_nf4_reference
 
@@ -40,17 +43,13 @@ def make(device, dtype, adapter_dtype=torch.float32):
 def plain(x, linears, dys, dtype):
     """Results and gradients by autograd, everything in `dtype`."""
     x = x.detach().to(dtype).requires_grad_()
-    results, leaves = [], [x]
+    wanted, copies = [x], []
     for linear in linears:
-        tensors = [None if t is None else t.detach().to(dtype).requires_grad_() for t in linear.tensors()]
-        weight, bias, a, b = tensors
-        y = torch.nn.functional.linear(x, weight, bias)
-        if a is not None:
-            mask = seeded_dropout(torch.ones_like(x), linear.dropout, linear.seed) if linear.dropout else 1.0
-            y = y + ((x * mask) @ a.t()) @ b.t() * linear.scaling
-        results.append(y)
-        leaves += tensors
-    wanted = [t for t in leaves if t is not None]
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in linear.tensors()]
+        weight, bias, a, b = leaves
+        copies.append(replace(linear, weight=DenseWeight(weight), bias_N=bias, a_RK=a, b_NR=b))
+        wanted += [t for t in leaves if t is not None]
+    results = linears_reference(x, copies)
     gradients = torch.autograd.grad(results, wanted, [dy.to(dtype) for dy in dys])
     return [*(r.detach() for r in results), *gradients]
 

@@ -4,11 +4,14 @@ Both of a weight's layouts (`truetune.ops.fp8`) together take as much memory as 
 the rate. Embeddings and the head keep their dtype.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from truetune.models.errors import ModelError
 from truetune.ops.fp8 import Fp8Weight, frozen_fp8_linear, why_not_fp8, why_not_fp8_shape
@@ -87,17 +90,35 @@ class _WeightIsFp8:
 
 @dataclass
 class Fp8Report:
-    """What `replace_linears_with_fp8` did: how many linears, and those left as they were with the reason."""
+    """What `replace_linears_with_fp8` did. `replaced`: how many linears; `left`: why the others, but for those to be
+    skipped, and experts are as they were, by name."""
 
     replaced: int = 0
     left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def in_effect(self) -> str:
+        return f"{self.replaced} linears in FP8" + (f", {len(self.left)} modules as they were" if self.left else "")
+
+    @property
+    def reasons(self) -> list[str]:
+        kinds: dict[str, Counter[str]] = {}
+        for name, why in self.left.items():
+            kinds.setdefault(why, Counter())[_kind(name)] += 1
+        return [f"{', '.join(f'{n} {kind}' for kind, n in counts.items())}: {why}" for why, counts in kinds.items()]
+
+
+def _kind(name: str) -> str:
+    """ "model.layers.0.mlp.up_proj" -> "up_proj"; "layers.0.mlp.2" -> "mlp"."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def replace_linears_with_fp8(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> Fp8Report:
     """Replaces this model's linears by `Fp8Linear`, one by one, each one's weight freed before the next is made.
 
-    `skip`: names, whole or last parts, of linears to leave. Also left are subclasses of `nn.Linear` and shapes that the
-    GEMMs cannot take; the report names them. Raises `ModelError` where the device has no FP8 or nothing was replaced.
+    `skip`: names, whole or last parts, of linears to leave. Also left are subclasses of `nn.Linear`, shapes that the
+    GEMMs cannot take, and experts whose weights are one tensor; the report names them, and is kept as the model's
+    `fp8_report`. Raises `ModelError` where the device has no FP8 or nothing was replaced.
     """
     report = Fp8Report()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -106,14 +127,39 @@ def replace_linears_with_fp8(model: nn.Module, skip: Sequence[str] = ("lm_head",
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         if {name, child_name} & set(skip):
-            report.left[name] = "it was to be skipped"
-        elif type(linear) is not nn.Linear:
-            report.left[name] = f"it is a {type(linear).__name__}"
+            continue
+        if type(linear) is not nn.Linear:
+            report.left[name] = f"{type(linear).__name__} is no plain nn.Linear"
         elif reason := why_not_fp8_shape(linear.in_features, linear.out_features):
-            report.left[name] = reason
+            report.left[name] = reason.partition(":")[0]
         else:
             setattr(model.get_submodule(parent_name), child_name, Fp8Linear.from_linear(linear))
             report.replaced += 1
+    for name, module in model.named_modules():
+        if _holds_experts(module):
+            report.left[name] = f"{type(module).__name__} is no nn.Linear"
     if not report.replaced:
         raise ModelError(f"no linear of {type(model).__name__} could be made FP8: load it in bf16 or nf4.")
+    model.fp8_report = report  # type: ignore[assignment]
     return report
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether it has the matrices of all experts in one tensor."""
+    return not isinstance(module, _ConvNd) and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def check_adapter_on_fp8(model: Any, adapter: Any) -> None:
+    """Raises `ModelError` for what a `peft.LoraConfig` wants of FP8 weights in vain."""
+    if adapter is None or getattr(model, "fp8_report", None) is None:
+        return
+    if getattr(adapter, "use_dora", False):
+        raise ModelError(
+            "DoRA trains norms of weights, and those in FP8 are frozen: set use_dora=False, or use bf16."
+        )
+    saved = tuple(getattr(adapter, "modules_to_save", None) or ())
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Linear) and name.endswith(saved):
+            raise ModelError(
+                f"modules_to_save trains {name}, whose weight is in FP8 and frozen: leave it out, or use bf16."
+            )

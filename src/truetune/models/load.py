@@ -1,4 +1,4 @@
-"""A checkpoint -> a causal language model with our attention, its weights as bf16, fp16, fp32 or NF4.
+"""A checkpoint -> a causal language model with our attention, its weights as bf16, fp16, fp32, NF4 or FP8.
 
 What can be refused from the configuration alone is refused by `check_model`, before any weight is read.
 """
@@ -40,9 +40,9 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
 
     `precision` is the weights': "auto" (bf16 on a GPU, fp32 on a CPU, a quantized checkpoint as it is), "bf16", "fp16",
     "fp32", "nf4" (4-bit NormalFloat with double quantization; Dettmers et al., "QLoRA", 2023), or "fp8" (frozen E4M3
-    for GEMMs of twice the rate, in as much memory as bf16; `models/fp8.py`). Attention is ours
-    unless `attn_implementation` is given or `why_not_packable` has a reason, which is logged. Other keyword arguments
-    go to `from_pretrained`. Raises `ModelError` for what cannot be loaded.
+    for GEMMs of twice the rate, in as much memory as bf16; what cannot be FP8 is logged and in `model.fp8_report`;
+    `models/fp8.py`). Attention is ours unless `attn_implementation` is given or `why_not_packable` has a reason, which
+    is logged. Other keyword arguments go to `from_pretrained`. Raises `ModelError` for what cannot be loaded.
     """
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **from_pretrained_kwargs}
     hub_kwargs = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -57,7 +57,9 @@ def load_model(name_or_path: str | os.PathLike, precision: str = "auto", **from_
         kwargs.setdefault("device_map", {"": torch.device("cuda", index)})
     model = _from_pretrained(name_or_path, {**kwargs, **weights})
     if precision == "fp8":
-        replace_linears_with_fp8(model)
+        report = replace_linears_with_fp8(model)
+        if report.left:
+            logger.warning("precision fp8 has %s (%s).", report.in_effect, "; ".join(report.reasons))
     keep_4bit_layout(model)
     if "attn_implementation" not in kwargs:
         if reason := why_not_packable(model):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from truetune.ops.dense_sum import dense_sum, sums_in_one_launch
@@ -429,3 +430,29 @@ def linears_backward_parameters(
             d_a = da_SK[ranks] if linear.scaling == 1.0 else da_SK[ranks] * linear.scaling
         gradients += [d_weight, d_bias, d_a, d_b]
     return gradients
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def linears_reference(x_TK: Tensor, linears: Sequence[Linear], *, residual_TN: Tensor | None = None) -> list[Tensor]:
+    """The results of `linears_forward` in plain PyTorch and the dtype of x, with gradients by autograd. Weights are
+    what NF4 and FP8 hold; x is not quantized."""
+    results = []
+    for linear in linears:
+        y_TN = F.linear(x_TK, _dense(linear.weight, x_TK.dtype), linear.bias_N)
+        if linear.a_RK is not None and linear.b_NR is not None:
+            a_RK, b_NR = linear.a_RK.to(x_TK.dtype), linear.b_NR.to(x_TK.dtype)
+            kept_TK = seeded_dropout(torch.ones_like(x_TK), linear.dropout, linear.seed) if linear.dropout else 1.0
+            y_TN = y_TN + ((x_TK * kept_TK) @ a_RK.t()) @ b_NR.t() * linear.scaling
+        results.append(y_TN if residual_TN is None else y_TN + residual_TN)
+    return results
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return weight.weight.dequantize(dtype)
+    dense = weight.prepared(dtype)
+    assert isinstance(dense, DenseWeight)
+    return dense.weight_NK.to(dtype)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import has_length
 from truetune.data.collate import remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, base_model, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
+from truetune.models.fp8 import check_adapter_on_fp8
 from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
@@ -83,8 +84,11 @@ class SFTTrainer(QuietTrainer):
         self.activations: Activations | None = None  # where they are planned
         self.proving: Proving
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
+        check_adapter_on_fp8(model, keywords.get("peft_config"))
         super().__init__(model, args, *positional, **keywords)
         self.proving = Proving(self)
+        if fp8 := getattr(base_model(self.model), "fp8_report", None):
+            self.report.add("precision", "fp8", fp8.in_effect, "; ".join(fp8.reasons))
         self.report.stock = why_stock_trl(self)
         if self.report.stock:
             self.report.add("trainer", "truetune", "stock TRL", "; ".join(self.report.stock))
