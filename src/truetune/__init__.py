@@ -16,6 +16,8 @@ _PUBLIC = {
     "patch_trl": "truetune.train.patch",
     "unpatch_trl": "truetune.train.patch",
     "load_model": "truetune.models.load",
+    "fuse": "truetune.models.fuse",
+    "unfuse": "truetune.models.fuse",
     "linear_cross_entropy": "truetune.ops.linear_cross_entropy",
     "linear_log_probs": "truetune.ops.linear_log_probs",
 }
@@ -23,6 +25,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from truetune.models.fuse import fuse as fuse
+    from truetune.models.fuse import unfuse as unfuse
     from truetune.models.load import load_model as load_model
     from truetune.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from truetune.ops.linear_log_probs import linear_log_probs as linear_log_probs

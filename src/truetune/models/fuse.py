@@ -6,6 +6,7 @@ dropout, hooks): a part that is not what the blocks compute runs as Transformers
 """
 
 import functools
+import logging
 import operator
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from truetune.models.adapters import lora_linear_forward
+from truetune.models.adapters import base_model, lora_linear_forward
 from truetune.models.attention import ATTENTION_NAME
 from truetune.models.blocks import GatedMlp, Norm, QkvProjection, ResidualProjection
 from truetune.models.bound import bind, is_bound, is_replaced
@@ -32,6 +33,8 @@ from truetune.models.fp8 import Fp8Linear
 from truetune.models.walks import bind_walks, unbind_walks
 from truetune.ops.lora import DenseWeight, Linear, Nf4Weight, QuantizedWeight
 from truetune.ops.swiglu import Activation
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS: dict[str, Activation] = {
     "SiLUActivation": "silu",
@@ -81,6 +84,9 @@ def fuse(model: nn.Module) -> FusionReport:
     """
     report = FusionReport()
     layers = decoder_layers(model)
+    if not layers:
+        name = type(base_model(model)).__name__
+        report.left[f"{name} is not an architecture that is fused: at most its attention, head and LoRA are ours"] += 1
     for layer in layers:
         name = type(layer).__name__
         family = family_of(layer)
@@ -196,14 +202,18 @@ def layer_forward(
     loss_rows: Tensor | None = None,
     **kwargs,
 ) -> Tensor:
-    """A decoder layer's forward: [B, S, H] -> [B, S, H]; with a cache, the class's own.
+    """A decoder layer's forward: [B, S, H] -> [B, S, H].
 
+    A cache is filled where there are gradients, because Transformers makes one by default; elsewhere, and where the
+    backward pass would fill it a second time, the forward is the class's own.
     `loss_rows` (int64 [K], flat positions): the last layer may give [1, K, H], those rows alone.
     """
-    given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
-    if args or past_key_values is not None or position_embeddings is None:
-        return type(self).forward(self, hidden_states, *args, past_key_values=past_key_values, **given)
-    graphs = vars(self).get(GRAPHS)
+    given = kwargs | {"attention_mask": attention_mask, "past_key_values": past_key_values}
+    given["position_embeddings"] = position_embeddings
+    cached = past_key_values is not None
+    if args or position_embeddings is None or (cached and not _fills_cache(self)):
+        return type(self).forward(self, hidden_states, *args, **given)
+    graphs = None if cached else vars(self).get(GRAPHS)
     if graphs is not None and (result := graphs.forward(self, hidden_states, given)) is not None:
         return result
     if self.training and self.gradient_checkpointing and not _CHECKPOINTED_BY_CALL:
@@ -213,6 +223,20 @@ def layer_forward(
         if hasattr(self, "activations") and self.activations.checkpoint and torch.is_grad_enabled():
             return _checkpointed(self, given, rows_K, hidden_states)
         return run_layer(self, given, rows_K, hidden_states)
+
+
+def _fills_cache(layer: Any) -> bool:
+    planned = hasattr(layer, "activations") and layer.activations.checkpoint
+    checkpointed = planned or (layer.training and layer.gradient_checkpointing)
+    if checkpointed and torch.is_grad_enabled():
+        _warn_of_cache(type(layer).__name__)
+    return torch.is_grad_enabled() and not checkpointed
+
+
+@functools.cache  # once
+def _warn_of_cache(name: str) -> None:
+    mend = "unless it is needed, pass use_cache=False or set model.config.use_cache = False."
+    logger.warning("%s is not fused in calls with a cache, which checkpointing would fill twice: %s", name, mend)
 
 
 def _checkpointed(layer: Any, given: dict[str, Any], rows_K: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -271,7 +295,12 @@ def _fused_attention(
         cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in given["position_embeddings"])
     *heads, residual_TH = qkv(hidden_BSH.flatten(0, 1), cos, sin)
     q, k, v = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in heads)
-    arguments = {name: value for name, value in given.items() if name not in ("position_embeddings", "attention_mask")}
+    cache = given["past_key_values"]
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
+        qkv.owns_gradients = False  # the caller may read the cache too
+    own = ("position_embeddings", "attention_mask", "past_key_values")
+    arguments = {name: value for name, value in given.items() if name not in own}
     arguments |= _attention_arguments(attention, family)
     attended, _ = _attention_function(attention)(
         attention,
@@ -294,7 +323,7 @@ def _attention_function(attention: Any):
 
 def _plain_attention(layer: Any, family: Family, hidden: Tensor, given: dict[str, Any]) -> Tensor:
     x = hidden if family.pre_attention_norm is None else getattr(layer, family.pre_attention_norm)(hidden)
-    y = layer.self_attn(hidden_states=x, past_key_values=None, **given)[0]
+    y = layer.self_attn(hidden_states=x, **given)[0]
     return _plain_residual(layer, family, family.post_attention_norm, hidden, y)
 
 

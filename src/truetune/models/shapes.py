@@ -83,7 +83,8 @@ def why_not_planned(model: nn.Module) -> str | None:
     layers = decoder_layers(model)
     unknown = {type(layer).__name__ for layer in layers if family_of(layer) is None}
     if unknown or not layers:
-        return f"{' and '.join(sorted(unknown)) or type(model).__name__} is not an architecture that is fused"
+        name = " and ".join(sorted(unknown)) or type(base_model(model)).__name__
+        return f"{name} is not an architecture that is fused"
     return None
 
 
