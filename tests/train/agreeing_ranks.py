@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from truetune.launch import launch
 from truetune.models.memory import CHOICES
 from truetune.models.plan import GIB, Rates, Room
 from truetune.train import activations as activations_module
@@ -138,12 +137,5 @@ def main() -> None:
         **room_and_rates(trainer, rank),
         "evaluated": [evaluated(trainer, fits=True), evaluated(trainer, fits=rank == 0)],
     }
-
     result["rehearsed"] = rehearsed(trainer, NEEDED[rank])
     (out / f"{rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    if "RANK" not in os.environ:
-        sys.exit(launch(2, on_gpus=False))
-    main()

@@ -249,25 +249,27 @@ class Activations:
 
     def _rehearse_evaluation(self) -> None:
         trainer, args = self.trainer, self.trainer.args
-        if trainer.eval_dataset is None or str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
-            return
-        batch = trainer.largest_batch(evaluation=True)
+        never = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no" and not args.eval_on_start
+        batch = None if trainer.eval_dataset is None or never else trainer.largest_batch(evaluation=True)
         if batch is None:
             return
-        tokens, full_logits = batch["input_ids"].numel(), trainer.evaluates_with_logits()
-        fits = rehearse_evaluation(trainer, batch, full_logits)
+        fits = rehearse_evaluation(trainer, batch, trainer.evaluates_with_logits())
         if self.room is not None and self._anywhere(not fits):
-            size = args.per_device_eval_batch_size
-            smaller = next(
-                (n for n in range(size - 1, 0, -1)
-                 if self.memory.evaluation_peak(tokens * n // size, full_logits) <= self.room.available), None
-            )  # fmt: skip
-            mend = (
-                f"lower per_device_eval_batch_size from {size} to {smaller or 1}"
-                if size > 1
-                else f"set prediction_loss_only=True, or evaluate on rows shorter than {tokens} tokens"
-            )
+            tokens, mend = batch["input_ids"].numel(), self._smaller_evaluation()
             raise TrainError(f"The largest evaluation batch ({tokens:,} tokens) runs out of device memory: {mend}.")
+
+    def _smaller_evaluation(self) -> str:
+        """What is predicted to fit."""
+        assert self.room is not None
+        trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
+        full_logits, devices = trainer.evaluates_with_logits(), trainer.args.eval_batch_size // size
+        for smaller in range(size - 1, 0, -1):
+            tokens = trainer.largest_batch(evaluation=True, batch_size=smaller * devices)["input_ids"].numel()
+            if self.memory.evaluation_peak(tokens, full_logits) <= self.room.available:
+                return f"lower per_device_eval_batch_size from {size} to {smaller}"
+        longest = trainer.largest_batch(evaluation=True, batch_size=1)["input_ids"].numel()
+        shorter = f"evaluate on rows shorter than {longest:,} tokens"
+        return f"set prediction_loss_only=True, or {shorter}" if full_logits else shorter
 
     # -- what the choice is made from
 
@@ -279,6 +281,7 @@ class Activations:
         total = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
         ours, used = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
         available = self._over_ranks(min(free + ours, total), torch.distributed.ReduceOp.MIN)
+        total = self._over_ranks(total, torch.distributed.ReduceOp.MIN)
         # Whatever else lies on the device is counted with the weights.
         weights = self._over_ranks(used, torch.distributed.ReduceOp.MAX)
         self.memory = replace(self.memory, model=replace(self.memory.model, weights=weights))
@@ -290,6 +293,7 @@ class Activations:
         assert flops is not None
         length = self.trainer.args.max_length or self.memory.tokens
         pinned, host_rate = 0, known_host_rate(name)
+        flops = self._over_ranks(round(flops), torch.distributed.ReduceOp.MIN)
         if self.on_gpu:  # of machines with the same GPU, one may copy ten times as fast as another
             pinned = self._over_ranks(host_bytes(), torch.distributed.ReduceOp.MIN)
             host_rate = self._over_ranks(round(measured_host_rate(self.device)), torch.distributed.ReduceOp.MIN)

@@ -78,21 +78,25 @@ def full_batch(batch_size: int, length: int) -> dict[str, Any]:
     return collate_documents([document] * batch_size)
 
 
-def batch_of_longest_rows(trainer: Any, dataset: Any, batch_size: int) -> dict[str, Any] | None:
-    """The longest rows through the trainer's own collator, as its data loader would hand them over; of several data
-    sets, those of the one with the longest row."""
+def batch_of_longest_rows(
+    trainer: Any, dataset: Any, batch_size: int, *, padded: bool = False
+) -> dict[str, Any] | None:
+    """The longest rows through the trainer's own collator, as its data loader would hand them over, `padded` where that
+    does not pack; of several data sets, those of the one with the longest row."""
     lengths = row_lengths(dataset)
     if lengths is None:
         return None
     if isinstance(dataset, dict):
         dataset = max(dataset.values(), key=lambda part: int(document_lengths(part).max()))
         lengths = document_lengths(dataset)
-    return batch_of_rows(trainer, dataset, longest(lengths, batch_size))
+    return batch_of_rows(trainer, dataset, longest(lengths, batch_size), padded=padded)
 
 
-def batch_of_rows(trainer: Any, dataset: datasets.Dataset, which: Iterable[int]) -> dict[str, Any]:
+def batch_of_rows(
+    trainer: Any, dataset: datasets.Dataset, which: Iterable[int], *, padded: bool = False
+) -> dict[str, Any]:
     rows = trainer._remove_unused_columns(dataset, description="rehearsal")
-    collate = trainer.data_collator if trainer._unpadding_off else unpadding(trainer.data_collator)
+    collate = trainer.data_collator if padded or trainer._unpadding_off else unpadding(trainer.data_collator)
     return collate([rows[i] for i in which])
 
 

@@ -203,10 +203,13 @@ class SFTTrainer(QuietTrainer):
         longest = self.args.max_length or 1024 if lengths is None else int(lengths.max())
         return batch_size * longest
 
-    def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
-        """As the data loader would give it; None where the lengths of the data are not known before it is read."""
-        dataset = self.eval_dataset if evaluation else self.train_dataset
-        return batch_of_longest_rows(self, dataset, self.args.eval_batch_size if evaluation else self._train_batch_size)
+    def largest_batch(self, evaluation: bool = False, batch_size: int | None = None) -> dict[str, Any] | None:
+        """As the data loader would give it, of `batch_size` rows or as many as it takes; None where the lengths of the
+        data are not known before it is read."""
+        if not evaluation:
+            return batch_of_longest_rows(self, self.train_dataset, batch_size or self._train_batch_size)
+        size, padded = batch_size or self.args.eval_batch_size, self.evaluates_with_logits()
+        return batch_of_longest_rows(self, self.eval_dataset, size, padded=padded)
 
     def document_capacity(self) -> int | None:
         """What a micro-batch hardly exceeds; None where that is not known before the data is read."""
