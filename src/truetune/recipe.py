@@ -247,9 +247,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.method == "full" and recipe.precision == "fp8":
         raise RecipeError("weights in FP8 are frozen: use `method: lora`, or another `precision`.")
     if recipe.precision == "fp8" and recipe.lora.get("use_dora"):
-        raise RecipeError(
-            "`lora.use_dora` trains norms of weights, and those in FP8 are frozen: remove one of them."
-        )
+        raise RecipeError("`lora.use_dora` trains norms of weights, and those in FP8 are frozen: remove one of them.")
     if recipe.method == "qlora" and recipe.precision != "nf4":
         raise RecipeError(
             f"`method: qlora` has weights in nf4, not {recipe.precision}: remove `precision`, or use `method: lora`."

@@ -7,7 +7,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from models.small_models import MODELS, SIZES, make, packed_batch, with_lora
 from truetune.models import attention
@@ -21,6 +22,7 @@ from truetune.models.memory import (
     StepMemory,
     layer_bytes,
     optimizer_bytes,
+    possible,
     saved_tensors,
 )
 from truetune.models.offload import HostMemory, _Saved, on_device, pinned_buffers
@@ -35,6 +37,7 @@ from truetune.models.plan import (
     load_plan,
     set_activations,
 )
+from truetune.models.rates import estimated_rates
 from truetune.models.shapes import quantized_bytes, read_model, why_not_planned
 
 GIB = 2**30
@@ -409,3 +412,51 @@ def test_experts_are_planned_by_an_estimate():
     shape = read_model(model, torch.float32)
     assert [layer.intermediate > 0 for layer in shape.layers] == [False, True, False]
     assert shape.layers[0].other_mlp > 0
+
+
+@pytest.fixture(scope="module")
+def moe_30b() -> StepMemory:
+    config = Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).requires_grad_(False)
+    model = with_lora(model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    return StepMemory(read_model(model, torch.bfloat16), tokens=16384, optimizer=0)
+
+
+@pytest.mark.parametrize("rates", [RATES, SLOW_HOST], ids=["host", "slow host"])
+def test_lean_is_the_least_device_memory_with_experts_too(moe_30b, rates):
+    choices = choose("lean", moe_30b, Room(130 * GIB, 140 * GIB), rates)
+    assert choices == ("checkpoint_host",) * 48
+    assert moe_30b.peak(choices) == min(moe_30b.peak((choice,) * 48) for choice in CHOICES)
+
+
+def test_a_dense_layer_among_experts_has_all_choices():
+    shapes = read_model(with_lora(make("qwen3_moe"), target_modules=["q_proj", "v_proj"]), torch.float32).layers
+    assert possible(shapes, ["lean"] * 3) == ("checkpoint_host", "lean", "checkpoint_host")
+    assert possible(shapes, ["recompute"] * 3) == ("keep", "recompute", "keep")
+    assert possible(shapes, ["offload"] * 3) == ("offload",) * 3
+
+
+def test_making_experts_again_takes_the_time_of_their_forward_pass(moe_30b):
+    rates = estimated_rates(moe_30b.model, 16384, 4096, 600e12, host_rate=50e9)
+    assert rates.recompute + rates.attention == pytest.approx(rates.forward)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "lora_bias"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_left_to_peft_is_not_planned(fields, device):
+    with torch.device(device):
+        model = with_lora(make("llama"), **fields)
+    assert "is not an architecture" not in why_not_planned(model) and "is left to PEFT" in why_not_planned(model)
+    assert why_not_planned(with_lora(make("llama"))) is None
+    assert why_not_planned(with_lora(make("qwen3_moe"))) is None  # whose experts are counted
+
+
+def test_several_adapters_are_not_planned():
+    model = with_lora(make("llama"))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert "several" in why_not_planned(model)

@@ -196,6 +196,21 @@ def test_a_plan_goes_with_a_model_that_is_saved_elsewhere(make, tmp_path):
     assert not (tmp_path / "out" / "activation_plan.json").exists()
 
 
+def test_layers_with_parts_that_peft_runs_are_not_planned(make):
+    """What autograd saves of DoRA no choice of ours takes away, but a checkpoint."""
+    dora = LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    trainer = make(peft=dora)
+    assert (trainer.activations, line(trainer).in_effect) == (None, "checkpointed by Transformers")
+    assert "attention of LlamaDecoderLayer is left to PEFT" in line(trainer).why
+    checkpointed = trajectory(trainer)
+    kept = make(peft=dora, activation_policy="keep")
+    assert (kept.activations, line(kept).in_effect) == (None, "keep")
+    for step, expected in zip(trajectory(kept), checkpointed, strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(TrainError, match="activation_policy='lean' cannot be had, because attention of"):
+        make(peft=dora, activation_policy="lean")
+
+
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_trls_offloading_is_said_to_be_in_effect(make, checkpoints, monkeypatch):
     offloaded = []

@@ -61,6 +61,14 @@ def test_logits_are_predicted_where_metrics_take_them(llama_8b):
     assert fused - llama_8b.held < tokens * VOCABULARY * 2  # ours never holds those of a whole batch
 
 
+def test_gate_and_up_are_there_though_nothing_is_saved(llama_8b):
+    narrow = tuple(replace(layer, intermediate=layer.intermediate // 2) for layer in llama_8b.model.layers)
+    half = replace(llama_8b, model=replace(llama_8b.model, layers=narrow))
+    tokens, width = 65536, llama_8b.model.layers[0].intermediate
+    difference = llama_8b.evaluation_peak(tokens, False) - half.evaluation_peak(tokens, False)
+    assert difference == 3 * tokens * 2 * width // 2  # in bf16, and their product
+
+
 def test_without_gradients_less_is_needed_than_in_a_training_step(llama_8b):
     for tokens in (1024, 16384, 65536):
         step = replace(llama_8b, tokens=tokens)

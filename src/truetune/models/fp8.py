@@ -154,9 +154,7 @@ def check_adapter_on_fp8(model: Any, adapter: Any) -> None:
     if adapter is None or getattr(model, "fp8_report", None) is None:
         return
     if getattr(adapter, "use_dora", False):
-        raise ModelError(
-            "DoRA trains norms of weights, and those in FP8 are frozen: set use_dora=False, or use bf16."
-        )
+        raise ModelError("DoRA trains norms of weights, and those in FP8 are frozen: set use_dora=False, or use bf16.")
     saved = tuple(getattr(adapter, "modules_to_save", None) or ())
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear) and name.endswith(saved):

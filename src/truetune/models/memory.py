@@ -20,6 +20,16 @@ CHOICES = ("keep", "host", "recompute", "lean", "checkpoint", "checkpoint_host",
 ON_HOST = {"host", "lean", "checkpoint_host", "offload"}
 RECOMPUTED = {"recompute", "lean", "checkpoint", "checkpoint_host"}  # gate and up at the least
 CHECKPOINTED = {"checkpoint", "checkpoint_host"}
+_WITH_EXPERTS = {"recompute": "keep", "lean": "checkpoint_host"}  # nothing of experts is made again but as a layer
+
+
+def possible(shapes: Sequence[LayerShape], choices: Sequence[str]) -> tuple[str, ...]:
+    """`choices`, one a layer, or what layers with experts do in their place."""
+    return tuple(
+        _WITH_EXPERTS.get(choice, choice) if shape.other_mlp else choice
+        for shape, choice in zip(shapes, choices, strict=True)
+    )
+
 
 # -- what a layer saves ------------------------------------------------------------------------------------------------
 
@@ -248,10 +258,12 @@ class StepMemory:
 
     def evaluation_peak(self, tokens: int, full_logits: bool) -> int:
         """Bytes of a batch without gradients, at whose end gradients and optimizer state may be there."""
-        batch = replace(self, tokens=tokens, full_logits=full_logits)
-        forward = max(layer.forward for layer in batch.of_layers(["keep"] * len(self.model.layers)))
+        batch, model = replace(self, tokens=tokens, full_logits=full_logits), self.model
+        layers = zip(batch.of_layers(["keep"] * len(model.layers)), model.layers, strict=True)
+        # Gate and up, which a training step counts among what is saved, are there too.
+        forward = max(layer.forward + 2 * model.compute * shape.intermediate * tokens for layer, shape in layers)
         head = batch.head(gradients=False)["forward"]
-        stream = self.model.residual * self.model.hidden * tokens
+        stream = model.residual * model.hidden * tokens
         return self.held + round(self.correction * (max(forward, head) + 2 * stream))
 
     def terms(self, choices: Sequence[str]) -> dict[str, int]:

@@ -12,7 +12,8 @@ A layer's choice is one of
 
 and a policy is how choices are made: `keep` gives every layer its own name; `lean` takes of the two choices that leave
 least on the device, `lean` and `checkpoint_host`, the mix that is fastest with this host; `auto` takes the fastest mix
-that fits, `offload` the fastest that fits without recomputing. `choose` is a pure function of sizes, memory and rates.
+that fits, `offload` the fastest that fits without recomputing. A layer with experts has not all choices (`possible`).
+`choose` is a pure function of sizes, memory and rates.
 """
 
 import json
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from truetune.models.bound import is_bound
 from truetune.models.errors import ModelError
 from truetune.models.fuse import decoder_layers, layer_forward
-from truetune.models.memory import CHECKPOINTED, CHOICES, ON_HOST, RECOMPUTED, StepMemory
+from truetune.models.memory import CHECKPOINTED, CHOICES, ON_HOST, RECOMPUTED, StepMemory, possible
 from truetune.models.offload import HostMemory
+from truetune.models.shapes import LayerShape
 
 POLICIES = ("auto", "keep", "lean", "offload")
 MARGIN = 0.06  # of the device: what other libraries take, and what the plan does not know
@@ -158,19 +160,27 @@ class Room:
         return round(peak + FRAGMENTATION * (peak - memory.held) + MARGIN * self.device)
 
 
-def mixes(policy: str, layers: int, has_host: bool) -> Iterator[tuple[str, ...]]:
-    """All that `choose` looks at, a fixed list, so that more memory is never slower.
-
-    Two choices a mix: the leaner one in the first layers, because the memory of the last ones is free again first, or
-    spread over all, which gives each layer's copies the time of its neighbours.
-    """
+def kinds_of(policy: str, has_host: bool) -> tuple[str, ...]:
     of_policy = {
         "keep": ("keep",),
         "lean": ("lean", "checkpoint_host") if has_host else ("checkpoint",),
         "offload": ("keep", "host", "offload"),
     }
     kinds = of_policy.get(policy, tuple(choice for choice in CHOICES if choice != "offload"))
-    kinds = tuple(kind for kind in kinds if has_host or kind not in ON_HOST)
+    return tuple(kind for kind in kinds if has_host or kind not in ON_HOST)
+
+
+def mixes(policy: str, shapes: Sequence[LayerShape], has_host: bool) -> Iterator[tuple[str, ...]]:
+    """All that `choose` looks at, a fixed list, so that more memory is never slower.
+
+    Two choices a mix: the leaner one in the first layers, because the memory of the last ones is free again first, or
+    spread over all, which gives each layer's copies the time of its neighbours.
+    """
+    mixed = _mixes(kinds_of(policy, has_host), len(shapes))
+    return iter(dict.fromkeys(possible(shapes, choices) for choices in mixed))
+
+
+def _mixes(kinds: Sequence[str], layers: int) -> Iterator[tuple[str, ...]]:
     for kind in kinds:
         yield (kind,) * layers
     leaner_first = sorted(permutations(kinds, 2), key=lambda pair: kinds.index(pair[0]) < kinds.index(pair[1]))
@@ -188,7 +198,7 @@ def choose(policy: str, memory: StepMemory, room: Room, rates: Rates) -> tuple[s
     """
     best: tuple[float, tuple[str, ...]] | None = None
     leanest: tuple[int, tuple[str, ...]] | None = None
-    for choices in dict.fromkeys(mixes(policy, len(memory.model.layers), rates.host_bytes > 0)):
+    for choices in mixes(policy, memory.model.layers, rates.host_bytes > 0):
         if not _host_takes(policy, memory, choices, rates):
             continue
         needed = room.needed(memory, choices)
@@ -219,11 +229,11 @@ def _host_takes(policy: str, memory: StepMemory, choices: Sequence[str], rates: 
 def advice(policy: str, memory: StepMemory, room: Room, rates: Rates, batch_size: int, length: int) -> str:
     """What to lower, and to what, so that a micro-batch of `batch_size` rows of `length` tokens fits."""
 
-    layers, has_host = len(memory.model.layers), rates.host_bytes > 0
+    layers, has_host = memory.model.layers, rates.host_bytes > 0
 
     def fits(tokens: int, policy: str = policy) -> bool:
         smaller = replace(memory, tokens=tokens)
-        uniform = (mix for mix in mixes(policy, layers, has_host) if len(set(mix)) == 1)
+        uniform = (possible(layers, (kind,) * len(layers)) for kind in kinds_of(policy, has_host))
         return any(room.fits(smaller, mix) and _host_takes(policy, smaller, mix, rates) for mix in uniform)
 
     if policy not in ("auto", "lean") and fits(memory.tokens, "auto"):

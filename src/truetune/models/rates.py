@@ -6,7 +6,7 @@ T: tokens, H: hidden size, I: intermediate size.
 import torch
 
 from truetune.models.plan import Rates
-from truetune.models.shapes import ModelShape
+from truetune.models.shapes import LayerShape, ModelShape
 
 # bf16 TFLOP/s that GEMMs of a training step's shapes reach, by a part of the GPU's name, the longest match first. H100
 # and H200: measured, 650 to 710 on an 8B model's shapes; the others: the same share of the data sheet's dense rate.
@@ -63,17 +63,28 @@ def estimated_rates(
     linears = 2 * tokens * model.linear_elements / count / gemm_rate
     query = sum(layer.query for layer in model.layers) / count
     attention = 2 * tokens * length * query / (flops * EFFICIENCY * _ATTENTION_EFFICIENCY)  # causal: half of all pairs
-    gate_up = sum(2 * layer.hidden * layer.intermediate for layer in model.layers) / count
-    qkv_out = sum(2 * layer.hidden * (layer.query + layer.key) for layer in model.layers) / count
+    qkv_out = sum(map(_attention_elements, model.layers)) / count
+    mlp_again = sum(map(_mlp_elements_again, model.layers)) / count
     trained = any(layer.trained_mlp for layer in model.layers)
     return Rates(
         forward=linears + attention,
         backward=(2 if trained else 1) * linears + 2.5 * attention,
-        recompute=2 * tokens * gate_up / gemm_rate,
+        recompute=2 * tokens * mlp_again / gemm_rate,
         attention=2 * tokens * qkv_out / gemm_rate + attention,
         host_rate=host_rate,
         host_bytes=host_bytes,
     )
+
+
+def _attention_elements(layer: LayerShape) -> int:
+    return 2 * layer.hidden * (layer.query + layer.key)
+
+
+def _mlp_elements_again(layer: LayerShape) -> int:
+    """Of the weights that an MLP is made again with: gate and up, and all of experts."""
+    if layer.other_mlp:
+        return layer.linear_elements - _attention_elements(layer)
+    return 2 * layer.hidden * layer.intermediate
 
 
 def head_seconds(model: ModelShape, tokens: int, flops: float) -> float:

@@ -15,7 +15,7 @@ from truetune.models.adapters import base_model
 from truetune.models.attention import expands_keys
 from truetune.models.families import Family, class_path, family_of
 from truetune.models.final_norm import why_not_final_norm
-from truetune.models.fuse import decoder_layers, holder_of_layers
+from truetune.models.fuse import decoder_layers, holder_of_layers, parts_left
 from truetune.ops.linear_cross_entropy import kept_dtype
 
 FP32 = 4
@@ -85,6 +85,12 @@ def why_not_planned(model: nn.Module) -> str | None:
     if unknown or not layers:
         name = " and ".join(sorted(unknown)) or type(base_model(model)).__name__
         return f"{name} is not an architecture that is fused"
+    for layer in layers:
+        family = family_of(layer)
+        assert family is not None
+        for part, why in parts_left(layer, family).items():
+            if part == "attention" or class_path(layer.mlp) == family.class_path("MLP"):  # experts are counted
+                return f"{part} of {type(layer).__name__} is left to PEFT and Transformers: {why}"
     return None
 
 

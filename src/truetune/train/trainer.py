@@ -27,6 +27,7 @@ from truetune.models.fuse import decoder_layers, fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
 from truetune.models.plan import fused_layers, set_activations
+from truetune.models.shapes import why_not_planned
 from truetune.proof.result import Proof
 from truetune.proof.supervision import Documents
 from truetune.train.activations import Activations, asked_policy
@@ -174,9 +175,11 @@ class SFTTrainer(QuietTrainer):
         checkpoints = args.gradient_checkpointing
         own = ["gradient_checkpointing_kwargs"] if checkpoints and args.gradient_checkpointing_kwargs else []
         own += ["activation_offloading"] if args.activation_offloading else []
-        why = ""
-        if own or (checkpoints and (not layers or len(layers) < len(decoder_layers(self.model)))):
-            why = f"{' and '.join(own)} select it" if own else "not every layer is fused"
+        whole = layers and len(layers) == len(decoder_layers(self.model))
+        unplanned = why_not_planned(self.model) if whole else "not every layer is fused"
+        why = unplanned or ""
+        if own or (checkpoints and unplanned and asked != "keep"):
+            why = f"{' and '.join(own)} select it" if own else why
             if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
                 raise TrainError(
                     f"activation_policy={asked!r} cannot be had, because {why} (TRL's own mechanism): remove one "
@@ -190,8 +193,10 @@ class SFTTrainer(QuietTrainer):
         if not checkpoints:
             policy, why = "keep", "gradient_checkpointing=False"
         self._stop_checkpointing()
-        if layers:
+        if layers and not unplanned:
             self.activations = Activations(self, policy)
+        else:
+            set_activations(layers, ["keep"] * len(layers))
         self.report.add("activations", asked, self.activations.in_words if self.activations else "keep", why)
 
     def token_budget(self) -> int:
