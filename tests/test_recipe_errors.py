@@ -151,7 +151,6 @@ def test_a_value_that_cannot_be_is_an_error_with_the_mend(override, named):
     [
         (["method=qlora", "precision=bf16"], "nf4"),
         (["method=full", "precision=nf4"], "`method: qlora`"),
-        (["method=full", "precision=fp8"], "`method: lora`"),
         (["precision=fp8", "lora.use_dora=true"], "`lora.use_dora` trains norms"),
         (["method=full", "precision=fp8"], "frozen"),
         (["method=full", "lora.r=8"], "`lora.r`"),

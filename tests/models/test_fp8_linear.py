@@ -153,6 +153,7 @@ def test_merging_into_fp8_is_refused(safe):
     [
         ({"use_dora": True}, "DoRA trains norms of weights"),
         ({"modules_to_save": ["up_proj"]}, r"modules_to_save trains model\.layers\.0\.mlp\.up_proj"),
+        ({"modules_to_save": ["mlp"]}, r"modules_to_save trains model\.layers\.0\.mlp"),
     ],
 )
 def test_what_an_adapter_wants_of_fp8_in_vain_is_refused(fields, message, tokenizer, tmp_path):

@@ -40,7 +40,7 @@ def test_a_loop_that_says_nothing_of_caches_trains_fused_layers(fused_calls):
 @pytest.mark.parametrize("batch", [packed_batch, padded_batch])
 @pytest.mark.parametrize("trained", ["full", "lora"])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_a_cache_is_filled_as_transformers_fills_it(model_type, trained, batch):
+def test_a_cache_is_filled_as_transformers_fills_it(model_type, trained, batch, fused_calls):
     """Its keys and values are part of the loss here, so that their gradients count too."""
     model = make(model_type)
     if trained == "lora":
@@ -58,10 +58,11 @@ def test_a_cache_is_filled_as_transformers_fills_it(model_type, trained, batch):
     plain = run()
     truetune.fuse(model)
     assert errors(run(), plain).max() < 2e-5
+    assert fused_calls
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_gradients_of_a_caches_entries_are_not_written_over(model_type):
+def test_gradients_of_a_caches_entries_are_not_written_over(model_type, fused_calls):
     model = make(model_type)
     attention = model.model.layers[0].self_attn
     input_ids = padded_batch()["input_ids"][:1]
@@ -77,10 +78,11 @@ def test_gradients_of_a_caches_entries_are_not_written_over(model_type):
     plain = run()
     truetune.fuse(model)
     assert errors(run(), plain).max() < 2e-5
+    assert fused_calls
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "smollm3"])
-def test_a_filled_cache_is_read_as_transformers_reads_it(model_type):
+def test_a_filled_cache_is_read_as_transformers_reads_it(model_type, fused_calls):
     model = make(model_type)
     input_ids = padded_batch()["input_ids"]
 
@@ -92,6 +94,7 @@ def test_a_filled_cache_is_read_as_transformers_reads_it(model_type):
     plain = run()
     truetune.fuse(model)
     assert errors(run(), plain).max() < 2e-5
+    assert fused_calls
 
 
 def test_prefix_tuning_trains_fused_layers(fused_calls):

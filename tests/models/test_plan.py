@@ -450,9 +450,14 @@ def test_making_experts_again_takes_the_time_of_their_forward_pass(moe_30b):
 def test_what_is_left_to_peft_is_not_planned(fields, device):
     with torch.device(device):
         model = with_lora(make("llama"), **fields)
-    assert "is not an architecture" not in why_not_planned(model) and "is left to PEFT" in why_not_planned(model)
+    assert why_not_planned(model).startswith("the attention of LlamaDecoderLayer is not ours (")
     assert why_not_planned(with_lora(make("llama"))) is None
     assert why_not_planned(with_lora(make("qwen3_moe"))) is None  # whose experts are counted
+
+
+@pytest.mark.parametrize("saved", ["mlp", "input_layernorm"])
+def test_parts_that_peft_copies_are_not_planned(saved):
+    assert "of LlamaDecoderLayer is not ours" in why_not_planned(with_lora(make("llama"), modules_to_save=[saved]))
 
 
 def test_several_adapters_are_not_planned():

@@ -33,6 +33,7 @@ MEASURED = {
     "without a clock": [(100, 40, None), (90, 10, None)],
 }
 # Of the device and the host, by rank.
+DEVICE, NAMES = [94 * GIB, 80 * GIB], ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"]
 FREE, RESERVED, ALLOCATED = [60 * GIB, 50 * GIB], [5 * GIB, 3 * GIB], [GIB, 2 * GIB]
 HOST_BYTES, HOST_RATE = [200 * GIB, 100 * GIB], [50e9, 5e9]
 NEEDED = [0.6, 1.6]  # of what is predicted
@@ -60,11 +61,11 @@ def room_and_rates(trainer: SFTTrainer, rank: int) -> dict[str, Any]:
     activations.on_gpu, activations.device = True, torch.device("cuda")
     answers: dict[str, Callable[..., Any]] = {
         "synchronize": lambda *_: None,
-        "mem_get_info": lambda *_: (FREE[rank], 80 * GIB),
+        "mem_get_info": lambda *_: (FREE[rank], DEVICE[rank]),
         "get_per_process_memory_fraction": lambda *_: 1.0,
         "memory_reserved": lambda *_: RESERVED[rank],
         "memory_allocated": lambda *_: ALLOCATED[rank],
-        "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
+        "get_device_name": lambda *_: NAMES[rank],
     }
     vars(torch.cuda).update(answers)
     vars(activations_module).update(

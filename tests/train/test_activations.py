@@ -163,7 +163,7 @@ def test_what_asks_for_transformers_checkpointing_gets_it(make, kwargs, checkpoi
         ({"activation_policy": "lean", "fuse": False}, "not every layer is fused"),
         (
             {"activation_policy": "keep", "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-            "gradient_checkpointing_kwargs select it",
+            r"TRL.s own mechanism is asked for \(gradient_checkpointing_kwargs\): remove it or",
         ),
     ],
 )
@@ -201,13 +201,13 @@ def test_layers_with_parts_that_peft_runs_are_not_planned(make):
     dora = LoraConfig(r=4, target_modules="all-linear", use_dora=True)
     trainer = make(peft=dora)
     assert (trainer.activations, line(trainer).in_effect) == (None, "checkpointed by Transformers")
-    assert "attention of LlamaDecoderLayer is left to PEFT" in line(trainer).why
+    assert "the attention of LlamaDecoderLayer is not ours" in line(trainer).why
     checkpointed = trajectory(trainer)
     kept = make(peft=dora, activation_policy="keep")
     assert (kept.activations, line(kept).in_effect) == (None, "keep")
     for step, expected in zip(trajectory(kept), checkpointed, strict=True):
         assert step == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(TrainError, match="activation_policy='lean' cannot be had, because attention of"):
+    with pytest.raises(TrainError, match="activation_policy='lean' cannot be had, because the attention of"):
         make(peft=dora, activation_policy="lean")
 
 
@@ -217,7 +217,7 @@ def test_trls_offloading_is_said_to_be_in_effect(make, checkpoints, monkeypatch)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: offloaded.append(x) or x, lambda x: x)
     # TRL's own asks for a GPU.
     monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: hooks)
-    with pytest.raises(TrainError, match="because activation_offloading select it"):
+    with pytest.raises(TrainError, match=r"asked for \(.*activation_offloading"):
         make(activation_offloading=True, gradient_checkpointing=checkpoints, activation_policy="keep")
     trainer = make(activation_offloading=True, gradient_checkpointing=checkpoints)
     in_effect = "checkpointed by Transformers, offloaded by TRL" if checkpoints else "offloaded by TRL"
@@ -274,6 +274,7 @@ def states(trainer):
             "parameters": dict(model.named_parameters()),
             "gradients": {name: p.grad for name, p in model.named_parameters()},
             "buffers": dict(model.named_buffers()),
+            "hooks": [len(module._forward_hooks) for module in model.modules()],
             "modes": [module.training for module in model.modules()],
             "metrics": trainer._metrics,
             "device metrics": {mode: m.peek() for mode, m in trainer._device_metrics.items()},
@@ -323,6 +324,43 @@ def test_a_rehearsal_leaves_no_trace(make, kind, tokenizer):
     assert trajectory(plain) == with_rehearsal
     parameters = zip(rehearsed.model.parameters(), plain.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in parameters)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mend"),
+    [
+        ({}, "lower per_device_train_batch_size from 2"),
+        ({"per_device_train_batch_size": 1}, "train on shorter rows (max_length)"),
+        ({"gradient_checkpointing": False}, "set gradient_checkpointing=True, or lower"),
+    ],
+)
+def test_what_is_not_planned_and_runs_out_is_refused_with_a_mend(make, fields, mend, monkeypatch):
+    trainer = make(SFTTrainer, fuse=False, **fields)
+    assert trainer.rehearse() is None
+    monkeypatch.setattr("truetune.train.rehearsal.rehearse", lambda *_: Rehearsed(None, 0))
+    with pytest.raises(TrainError, match="runs out of device memory: ") as raised:
+        trainer.rehearse()
+    assert mend in str(raised.value)
+
+
+def test_what_cannot_be_tried_is_said_once(make):
+    trainer = make(SFTTrainer, fuse=False, optim="adafactor")
+    trainer.largest_batch = lambda evaluation=False: {"pixels": torch.zeros(1)}
+    for _ in range(2):
+        trainer.rehearse()
+    assert line(trainer).why == "not every layer is fused; not rehearsed: its batches have no input_ids or labels"
+
+
+def test_arguments_of_a_planned_trainer_ask_the_next_one_for_the_same(make):
+    args = make(SFTTrainer).args
+    for policy in ("auto", "lean"):
+        args.activation_policy = policy
+        trainer = SFTTrainer(make().model, args, train_dataset=DOCUMENTS, processing_class=make().processing_class)
+        assert (line(trainer).why, trainer.activations.policy) == ("", policy)
+    args.fuse = False
+    args.activation_policy = "auto"
+    plain = SFTTrainer(make().model, args, train_dataset=DOCUMENTS, processing_class=make().processing_class)
+    assert line(plain).in_effect == "checkpointed by Transformers" and plain.args.gradient_checkpointing
 
 
 def test_gradients_from_before_stay(make):

@@ -90,8 +90,8 @@ class _WeightIsFp8:
 
 @dataclass
 class Fp8Report:
-    """What `replace_linears_with_fp8` did. `replaced`: how many linears; `left`: why the others, but for those to be
-    skipped, and experts are as they were, by name."""
+    """What `replace_linears_with_fp8` did. `replaced`: how many linears. `left`: which other linears and experts stayed
+    as they were, by name, and why; those that were to be skipped are not among them."""
 
     replaced: int = 0
     left: dict[str, str] = field(default_factory=dict)
@@ -146,18 +146,22 @@ def replace_linears_with_fp8(model: nn.Module, skip: Sequence[str] = ("lm_head",
 
 def _holds_experts(module: nn.Module) -> bool:
     """Whether it has the matrices of all experts in one tensor."""
-    return not isinstance(module, _ConvNd) and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    return not isinstance(module, _ConvNd) and any(
+        p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)
+    )
 
 
 def check_adapter_on_fp8(model: Any, adapter: Any) -> None:
-    """Raises `ModelError` for what a `peft.LoraConfig` wants of FP8 weights in vain."""
-    if adapter is None or getattr(model, "fp8_report", None) is None:
-        return
-    if getattr(adapter, "use_dora", False):
-        raise ModelError("DoRA trains norms of weights, and those in FP8 are frozen: set use_dora=False, or use bf16.")
-    saved = tuple(getattr(adapter, "modules_to_save", None) or ())
-    for name, module in model.named_modules():
-        if isinstance(module, Fp8Linear) and name.endswith(saved):
+    """Raises `ModelError` for what a `peft.LoraConfig`, or that of a `PeftModel`, wants of FP8 weights in vain."""
+    adapters = [adapter] if adapter is not None else list(getattr(model, "peft_config", {}).values())
+    for config in adapters if getattr(model, "fp8_report", None) is not None else []:
+        if getattr(config, "use_dora", False):
             raise ModelError(
-                f"modules_to_save trains {name}, whose weight is in FP8 and frozen: leave it out, or use bf16."
+                "DoRA trains norms of weights, and those in FP8 are frozen: set use_dora=False, or use bf16."
             )
+        saved = tuple(getattr(config, "modules_to_save", None) or ())
+        for name, module in model.named_modules():
+            if name.endswith(saved) and any(isinstance(part, Fp8Linear) for part in module.modules()):
+                raise ModelError(
+                    f"modules_to_save trains {name}, whose weights are in FP8 and frozen: leave it out, or use bf16."
+                )

@@ -85,13 +85,20 @@ def why_not_planned(model: nn.Module) -> str | None:
     if unknown or not layers:
         name = " and ".join(sorted(unknown)) or type(base_model(model)).__name__
         return f"{name} is not an architecture that is fused"
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.peft_type == "PREFIX_TUNING":
+        return "prefix tuning gives layers a cache, which checkpointing would fill twice"
     for layer in layers:
         family = family_of(layer)
         assert family is not None
         for part, why in parts_left(layer, family).items():
-            if part == "attention" or class_path(layer.mlp) == family.class_path("MLP"):  # experts are counted
-                return f"{part} of {type(layer).__name__} is left to PEFT and Transformers: {why}"
+            if part == "attention" or not _are_experts(layer.mlp):  # which are counted
+                return f"the {part} of {type(layer).__name__} is not ours ({why})"
     return None
+
+
+def _are_experts(mlp: Any) -> bool:
+    return hasattr(mlp, "experts")
 
 
 def read_model(

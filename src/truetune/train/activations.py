@@ -114,7 +114,6 @@ class Activations:
         self.memory = replace(memory, full_logits=trainer.compute_loss_func is not None)
         self.room = self._room()
         self.rates = self._estimated_rates()
-        self.notes: list[str] = []
         self._corrections: dict[tuple[str, ...], float] = {}  # what was measured over what was predicted
         self._peaks: dict[tuple[str, ...], int] = {}
         self._failed: set[tuple[str, ...]] = set()
@@ -141,8 +140,9 @@ class Activations:
 
     # -- before the first step
 
-    def rehearse(self) -> None:
-        """Runs the largest batch under the plan, and changes the plan until it fits, or is the fastest that does.
+    def rehearse(self) -> str:
+        """Runs the largest batch under the plan, and changes the plan until it fits, or is the fastest that does; says
+        why where that is not tried.
 
         Raises `TrainError` where nothing fits, with what to lower to what.
         """
@@ -150,8 +150,7 @@ class Activations:
         if batch is None and self.trainer.unpads and args.max_length is not None:
             batch = full_batch(self.trainer._train_batch_size, args.max_length)
         if batch is None:
-            self.notes.append(NOT_REHEARSED)
-            return
+            return NOT_REHEARSED
         tokens = batch["input_ids"].numel()
         self.memory = replace(self.memory, tokens=tokens)
         self._corrections, self._peaks, self._failed, self._doubt = {}, {}, set(), 1.0
@@ -184,6 +183,7 @@ class Activations:
                 raise TrainError(self._does_not_fit())
             self._settle(fitting)
         self._rehearse_evaluation()
+        return ""
 
     @property
     def _may_change(self) -> bool:
@@ -255,20 +255,23 @@ class Activations:
             return
         fits = rehearse_evaluation(trainer, batch, trainer.evaluates_with_logits())
         if self.room is not None and self._anywhere(not fits):
-            tokens, mend = batch["input_ids"].numel(), self._smaller_evaluation()
+            tokens = batch["input_ids"].numel()
+            mend = self._smaller_evaluation(tokens)
             raise TrainError(f"The largest evaluation batch ({tokens:,} tokens) runs out of device memory: {mend}.")
 
-    def _smaller_evaluation(self) -> str:
-        """What is predicted to fit."""
+    def _smaller_evaluation(self, tokens: int) -> str:
+        """The mend where `tokens` ran out: how many rows are predicted to fit."""
         assert self.room is not None
-        trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
-        full_logits, devices = trainer.evaluates_with_logits(), trainer.args.eval_batch_size // size
+        trainer, args, memory = self.trainer, self.trainer.args, self.memory
+        full_logits, size = trainer.evaluates_with_logits(), args.per_device_eval_batch_size
+        if memory.evaluation_peak(tokens, full_logits) <= self.room.available:
+            memory = replace(memory, correction=memory.correction * DOUBT)
         for smaller in range(size - 1, 0, -1):
-            tokens = trainer.largest_batch(evaluation=True, batch_size=smaller * devices)["input_ids"].numel()
-            if self.memory.evaluation_peak(tokens, full_logits) <= self.room.available:
+            batch = trainer.largest_batch_of(smaller * args.eval_batch_size // size, evaluation=True)
+            if memory.evaluation_peak(batch["input_ids"].numel(), full_logits) <= self.room.available:
                 return f"lower per_device_eval_batch_size from {size} to {smaller}"
-        longest = trainer.largest_batch(evaluation=True, batch_size=1)["input_ids"].numel()
-        shorter = f"evaluate on rows shorter than {longest:,} tokens"
+        longest = trainer.largest_batch_of(1, evaluation=True)["input_ids"].numel()
+        shorter = "lower max_length" if trainer.packs else f"evaluate on rows shorter than {longest:,} tokens"
         return f"set prediction_loss_only=True, or {shorter}" if full_logits else shorter
 
     # -- what the choice is made from

@@ -86,10 +86,9 @@ class RecipeTrainer(SFTTrainer):
             return batch_size * self.args.max_length
         return min(batch_size * self.args.max_length, max(2, int(document_lengths(dataset).sum())))
 
-    def largest_batch(self, evaluation: bool = False, batch_size: int | None = None) -> dict[str, Any] | None:
+    def largest_batch_of(self, rows: int, evaluation: bool) -> dict[str, Any] | None:
         """The packs of the first epoch that hold most tokens; None of a stream, which is not known unread."""
         dataset = self.eval_dataset if evaluation else self.train_dataset
-        size = batch_size or (self.args.eval_batch_size if evaluation else self._train_batch_size)
         if isinstance(dataset, datasets.IterableDataset):
             return None
         if isinstance(dataset, dict):
@@ -97,7 +96,7 @@ class RecipeTrainer(SFTTrainer):
         sampler = self._sampler(dataset, seed=0 if evaluation else self._seed)
         packs = list(sampler)
         lengths = document_lengths(dataset)
-        fullest = longest([int(lengths[pack].sum()) for pack in packs], size)
+        fullest = longest([int(lengths[pack].sum()) for pack in packs], rows)
         documents = PackedDocuments(dataset, len(packs))
         return _collate([documents[packs[i]] for i in fullest])
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from truetune.models.adapters import embedding_rows
-from truetune.models.memory import optimizer_bytes
+from truetune.models.adapters import base_model, embedding_rows
 from truetune.models.plan import fused_layers
 from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.proof.untouched import forget_failure, untouched
@@ -21,6 +20,8 @@ from truetune.train.errors import TrainError
 
 NOT_REHEARSED = "not rehearsed: the lengths of the data are not known before it is read"
 HOST_COPY = 2**26  # bytes of the copy that is timed
+_GRADIENT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # Transformers' own of `enable_input_require_grads`
+HOOKED = ("layerwise", "lomo")  # optimizers that step in hooks of the parameters, which cannot be taken back
 
 
 @dataclass(frozen=True)
@@ -69,25 +70,32 @@ def rehearse(trainer: Any, batch: Mapping[str, Any]) -> Rehearsed:
 def rehearse_unplanned(trainer: Any) -> str:
     """The largest batch of a trainer whose activations nobody plans; says why where it is not tried.
 
-    Raises `TrainError` where it does not fit beside the optimizer's state.
+    Raises `TrainError` where memory runs out. The optimizer's state, of which nobody knows much, comes on top.
     """
-    batch = trainer.largest_batch()
+    args, batch = trainer.args, trainer.largest_batch()
     if batch is None:
         return NOT_REHEARSED
-    found = rehearse(trainer, batch)
-    device, args = trainer.args.device, trainer.args
-    fits = True
-    if device.type == "cuda":
-        trained = [(p.numel(), p.element_size()) for p in trainer.model.parameters() if p.requires_grad]
-        state = optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trained)
-        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        fits = found.peak is not None and found.peak + state <= room
-    everywhere = trainer.accelerator.gather(torch.tensor([fits], device=device))
-    if not bool(everywhere.all()):
-        raise TrainError(
-            f"The largest batch ({batch['input_ids'].numel():,} tokens) does not fit into device memory: lower "
-            f"per_device_train_batch_size from {args.per_device_train_batch_size}, or max_length."
-        )
+    if why := _why_not_tried(trainer, batch):
+        return f"not rehearsed: {why}"
+    ran_out = rehearse(trainer, batch).peak is None
+    if not bool(trainer.accelerator.gather(torch.tensor([ran_out], device=args.device)).any()):
+        return ""
+    size = args.per_device_train_batch_size
+    smaller = f"lower per_device_train_batch_size from {size}" if size > 1 else "train on shorter rows (max_length)"
+    mend = smaller if args.gradient_checkpointing else f"set gradient_checkpointing=True, or {smaller}"
+    tokens = batch["input_ids"].numel()
+    raise TrainError(f"The largest batch ({tokens:,} tokens) runs out of device memory: {mend}.")
+
+
+def _why_not_tried(trainer: Any, batch: Mapping[str, Any]) -> str:
+    args = trainer.args
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if not {"input_ids", "labels"} <= batch.keys():
+        return "its batches have no input_ids or labels"
+    if args.n_gpu > 1 or next(trainer.model.parameters()).device.type != args.device.type:
+        return "the model is on another device, or on several"
+    if any(name in optimizer for name in HOOKED):
+        return f"{optimizer} drops gradients while they are made"
     return ""
 
 
@@ -146,11 +154,19 @@ def _checkpointed_as_in_training(trainer: Any) -> Iterator[None]:
     kwargs = dict(args.gradient_checkpointing_kwargs or {})
     which = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    attributes = vars(base_model(model))
+    before = {key: attributes[key] for key in _GRADIENT_HOOKS if key in attributes}
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": kwargs or None}, **which)
     try:
         yield
     finally:
         getattr(model, f"{name}_disable")()
+        for hook in attributes.get(_GRADIENT_HOOKS[0], []):
+            if hook not in before.get(_GRADIENT_HOOKS[0], []):
+                hook.remove()
+        for key in _GRADIENT_HOOKS:
+            attributes.pop(key, None)
+        attributes.update(before)
 
 
 def _num_items(batch: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ truncation, packs and order are the installed TRL's.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ FIRST_ROWS = 8
 AUDITED_ROWS = 1000  # by the quick preflight
 _ROWS_KEPT = "it holds no token, or its loader keeps rows (predictions, evaluation streams, loaders of your own)"
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
+_CHECKPOINTS = "_truetune_checkpoints"  # the attribute of arguments whose checkpointing a plan has taken the place of
 
 
 class SFTTrainer(QuietTrainer):
@@ -85,7 +87,8 @@ class SFTTrainer(QuietTrainer):
         self.activations: Activations | None = None  # where they are planned
         self.proving: Proving
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
-        check_adapter_on_fp8(model, keywords.get("peft_config"))
+        given = inspect.signature(trl.SFTTrainer.__init__).bind_partial(self, model, args, *positional, **keywords)
+        check_adapter_on_fp8(model, given.arguments.get("peft_config"))
         super().__init__(model, args, *positional, **keywords)
         self.proving = Proving(self)
         if fp8 := getattr(base_model(self.model), "fp8_report", None):
@@ -169,8 +172,10 @@ class SFTTrainer(QuietTrainer):
         self.report.add("layers", "fused", fusion.in_effect, "; ".join(fusion.reasons))
 
     def _set_activations(self) -> None:
-        """`activation_policy` decides where every layer is fused and nothing asks for TRL's own mechanisms."""
+        """`activation_policy` decides where every layer is fused whole and nothing asks for TRL's own mechanisms."""
         args, layers = self.args, fused_layers(self.model)
+        if vars(args).pop(_CHECKPOINTS, False):  # which another trainer with these arguments has turned off
+            self._set_checkpointing(True)
         asked = policy = asked_policy(args)
         checkpoints = args.gradient_checkpointing
         own = ["gradient_checkpointing_kwargs"] if checkpoints and args.gradient_checkpointing_kwargs else []
@@ -179,11 +184,13 @@ class SFTTrainer(QuietTrainer):
         unplanned = why_not_planned(self.model) if whole else "not every layer is fused"
         why = unplanned or ""
         if own or (checkpoints and unplanned and asked != "keep"):
-            why = f"{' and '.join(own)} select it" if own else why
+            if own:
+                why = f"TRL's own mechanism is asked for ({', '.join(own)})"
             if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
+                mend = f"remove it or {' and '.join(own)}" if own else "use 'auto' or 'keep'"
                 raise TrainError(
-                    f"activation_policy={asked!r} cannot be had, because {why} (TRL's own mechanism): remove one "
-                    "of them, or accept it with allow=['activation_policy']."
+                    f"activation_policy={asked!r} cannot be had, because {why}: {mend}, or accept it with "
+                    "allow=['activation_policy']."
                 )
             set_activations(layers, ["keep"] * len(layers))  # in place of an earlier trainer's plan
             by = ["checkpointed by Transformers"] if checkpoints else []
@@ -208,13 +215,14 @@ class SFTTrainer(QuietTrainer):
         longest = self.args.max_length or 1024 if lengths is None else int(lengths.max())
         return batch_size * longest
 
-    def largest_batch(self, evaluation: bool = False, batch_size: int | None = None) -> dict[str, Any] | None:
-        """As the data loader would give it, of `batch_size` rows or as many as it takes; None where the lengths of the
-        data are not known before it is read."""
+    def largest_batch(self, evaluation: bool = False) -> dict[str, Any] | None:
+        """As the data loader would give it; None where the lengths of the data are not known before it is read."""
+        return self.largest_batch_of(self.args.eval_batch_size if evaluation else self._train_batch_size, evaluation)
+
+    def largest_batch_of(self, rows: int, evaluation: bool) -> dict[str, Any] | None:
         if not evaluation:
-            return batch_of_longest_rows(self, self.train_dataset, batch_size or self._train_batch_size)
-        size, padded = batch_size or self.args.eval_batch_size, self.evaluates_with_logits()
-        return batch_of_longest_rows(self, self.eval_dataset, size, padded=padded)
+            return batch_of_longest_rows(self, self.train_dataset, rows)
+        return batch_of_longest_rows(self, self.eval_dataset, rows, padded=self.evaluates_with_logits())
 
     def document_capacity(self) -> int | None:
         """What a micro-batch hardly exceeds; None where that is not known before the data is read."""
@@ -250,22 +258,27 @@ class SFTTrainer(QuietTrainer):
             return
         line = next(line for line in self.report.lines if line.part == "activations")
         if self.activations is None:
-            notes = [rehearse_unplanned(self)]
+            note = rehearse_unplanned(self)
         else:
-            self.activations.rehearse()
-            line.in_effect, notes = self.activations.in_words, self.activations.notes
-        line.why = "; ".join(filter(None, [line.why, *notes]))
+            note = self.activations.rehearse()
+            line.in_effect = self.activations.in_words
+        if note and note not in line.why:
+            line.why = "; ".join(filter(None, [line.why, note]))
 
     def _stop_checkpointing(self) -> None:
         """So that Transformers checkpoints no layer behind the policy's back; 5.17 and 5.23 read different names."""
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
-            if hasattr(self.args, name):
-                setattr(self.args, name, False)
+        vars(self.args)[_CHECKPOINTS] = bool(self.args.gradient_checkpointing)
+        self._set_checkpointing(False)
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         # Checkpointing beside frozen embeddings needs them; without it they are a layer's gradient for nobody.
         base_model(self.model).disable_input_require_grads()
+
+    def _set_checkpointing(self, wanted: bool) -> None:
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if hasattr(self.args, name):
+                setattr(self.args, name, wanted)
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:

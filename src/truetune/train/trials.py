@@ -19,10 +19,9 @@ from truetune.proof.result import Check, Verdict
 from truetune.proof.storage import MOST_BYTES
 from truetune.proof.untouched import forget_failure
 from truetune.train.errors import TrainError
-from truetune.train.rehearsal import forward_backward, forward_evaluating
+from truetune.train.rehearsal import HOOKED, forward_backward, forward_evaluating
 
 MOST_CPU_FLOPS = 2e12  # of a batch that is tried on a CPU: less than a minute on two cores
-HOOKED = ("layerwise", "lomo")  # optimizers that step in hooks of the parameters, which cannot be taken back
 
 
 def check_largest_batch(trainer: Any) -> Check:
