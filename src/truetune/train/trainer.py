@@ -87,8 +87,8 @@ class SFTTrainer(QuietTrainer):
         self.activations: Activations | None = None  # where they are planned
         self.proving: Proving
         trained_before = _trained_tensors(model) if isinstance(model, PeftModel) else {}
-        given = inspect.signature(trl.SFTTrainer.__init__).bind_partial(self, model, args, *positional, **keywords)
-        check_adapter_on_fp8(model, given.arguments.get("peft_config"))
+        others = list(inspect.signature(trl.SFTTrainer.__init__).parameters)[3:]
+        check_adapter_on_fp8(model, (dict(zip(others, positional, strict=False)) | keywords).get("peft_config"))
         super().__init__(model, args, *positional, **keywords)
         self.proving = Proving(self)
         if fp8 := getattr(base_model(self.model), "fp8_report", None):
