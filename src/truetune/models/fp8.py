@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from truetune.models.errors import ModelError
 from truetune.ops.fp8 import Fp8Weight, frozen_fp8_linear, why_not_fp8, why_not_fp8_shape
@@ -146,9 +145,9 @@ def replace_linears_with_fp8(model: nn.Module, skip: Sequence[str] = ("lm_head",
 
 def _holds_experts(module: nn.Module) -> bool:
     """Whether it has the matrices of all experts in one tensor."""
-    return not isinstance(module, _ConvNd) and any(
-        p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)
-    )
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):  # whose kernels are such tensors too
+        return False
+    return any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
 
 
 def check_adapter_on_fp8(model: Any, adapter: Any) -> None:

@@ -92,13 +92,9 @@ def why_not_planned(model: nn.Module) -> str | None:
         family = family_of(layer)
         assert family is not None
         for part, why in parts_left(layer, family).items():
-            if part == "attention" or not _are_experts(layer.mlp):  # which are counted
+            if part == "attention" or not hasattr(layer.mlp, "experts"):  # which are counted
                 return f"the {part} of {type(layer).__name__} is not ours ({why})"
     return None
-
-
-def _are_experts(mlp: Any) -> bool:
-    return hasattr(mlp, "experts")
 
 
 def read_model(

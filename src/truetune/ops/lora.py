@@ -436,7 +436,7 @@ def linears_backward_parameters(
 # Reference
 
 
-def linears_reference(x_TK: Tensor, linears: Sequence[Linear], *, residual_TN: Tensor | None = None) -> list[Tensor]:
+def linears_reference(x_TK: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     """The results of `linears_forward` in plain PyTorch and the dtype of x, with gradients by autograd. Weights are
     what NF4 and FP8 hold; x is not quantized."""
     results = []
@@ -446,7 +446,7 @@ def linears_reference(x_TK: Tensor, linears: Sequence[Linear], *, residual_TN: T
             a_RK, b_NR = linear.a_RK.to(x_TK.dtype), linear.b_NR.to(x_TK.dtype)
             kept_TK = seeded_dropout(torch.ones_like(x_TK), linear.dropout, linear.seed) if linear.dropout else 1.0
             y_TN = y_TN + ((x_TK * kept_TK) @ a_RK.t()) @ b_NR.t() * linear.scaling
-        results.append(y_TN if residual_TN is None else y_TN + residual_TN)
+        results.append(y_TN)
     return results
 
 

@@ -13,6 +13,7 @@ from truetune.host import host_bytes
 from truetune.models.adapters import base_model
 from truetune.models.attention import is_ours
 from truetune.models.errors import ModelError
+from truetune.models.fuse import decoder_layers
 from truetune.models.head import loss_in_slabs
 from truetune.models.memory import StepMemory, optimizer_bytes, optimizer_step_bytes
 from truetune.models.plan import (
@@ -29,8 +30,9 @@ from truetune.models.plan import (
     set_activations,
 )
 from truetune.models.rates import UNKNOWN_GPU, estimated_rates, known_flops, known_host_rate
-from truetune.models.shapes import FP32, read_model
+from truetune.models.shapes import FP32, read_model, why_not_planned
 from truetune.train.batches import full_batch
+from truetune.train.checkpointing import ask_as_before, stop_checkpointing
 from truetune.train.config import own_setting
 from truetune.train.errors import TrainError
 from truetune.train.rehearsal import NOT_REHEARSED, Rehearsed, measured_host_rate, rehearse, rehearse_evaluation
@@ -57,6 +59,37 @@ def asked_policy(args: Any) -> str:
             "remove one of them."
         )
     return asked
+
+
+def plan_activations(trainer: Any) -> "Activations | None":
+    """`activation_policy` decides where every layer is fused whole and nothing asks for TRL's own mechanisms; elsewhere
+    there is no plan. Adds a line to the trainer's report. Raises `TrainError` for a policy that cannot be had."""
+    args, model = trainer.args, trainer.model
+    ask_as_before(args)
+    asked, checkpoints = asked_policy(args), args.gradient_checkpointing
+    own = ["gradient_checkpointing_kwargs"] if checkpoints and args.gradient_checkpointing_kwargs else []
+    own += ["activation_offloading"] if args.activation_offloading else []
+    layers = fused_layers(model)
+    whole = layers and len(layers) == len(decoder_layers(model))
+    unplanned = why_not_planned(model) if whole else "not every layer is fused"
+    set_activations(layers, ["keep"] * len(layers))  # in place of an earlier trainer's plan
+    if own or (checkpoints and unplanned and asked != "keep"):
+        why = f"TRL's own mechanism is asked for ({', '.join(own)})" if own else unplanned
+        if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
+            mend = f"remove it or {' and '.join(own)}" if own else "use 'auto' or 'keep'"
+            raise TrainError(
+                f"activation_policy={asked!r} cannot be had, because {why}: {mend}, or accept it with "
+                "allow=['activation_policy']."
+            )
+        by = ["checkpointed by Transformers"] if checkpoints else []
+        by += ["offloaded by TRL"] if args.activation_offloading else []
+        trainer.report.add("activations", asked, ", ".join(by), why)
+        return None
+    stop_checkpointing(trainer)
+    activations = None if unplanned else Activations(trainer, asked if checkpoints else "keep")
+    why = (unplanned or "") if checkpoints else "gradient_checkpointing=False"
+    trainer.report.add("activations", asked, activations.in_words if activations else "keep", why)
+    return activations
 
 
 def compute_dtype(args: Any, model: nn.Module) -> torch.dtype:

@@ -4,23 +4,22 @@ There is no optimizer yet and no DDP round the model, so ranks do not wait for e
 where another does not. What they found they compare afterwards.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from truetune.models.adapters import base_model, embedding_rows
+from truetune.models.adapters import embedding_rows
 from truetune.models.plan import fused_layers
 from truetune.proof.supervision import OTHER_TOKENIZER
 from truetune.proof.untouched import forget_failure, untouched
+from truetune.train.checkpointing import checkpointed_as_in_training
 from truetune.train.errors import TrainError
 
 NOT_REHEARSED = "not rehearsed: the lengths of the data are not known before it is read"
 HOST_COPY = 2**26  # bytes of the copy that is timed
-_GRADIENT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # Transformers' own of `enable_input_require_grads`
 HOOKED = ("layerwise", "lomo")  # optimizers that step in hooks of the parameters, which cannot be taken back
 
 
@@ -131,7 +130,7 @@ def forward_backward(trainer: Any, batch: Mapping[str, Any]) -> float:
     trainer.model.train()
     inputs = trainer._prepare_inputs(dict(batch))
     num_items = _num_items(batch)
-    with _checkpointed_as_in_training(trainer), trainer.maybe_activation_offload_context:
+    with checkpointed_as_in_training(trainer), trainer.maybe_activation_offload_context:
         with trainer.accelerator.autocast():
             if trainer.compute_loss_func is not None:
                 labels = inputs.pop("labels")
@@ -142,31 +141,6 @@ def forward_backward(trainer: Any, batch: Mapping[str, Any]) -> float:
                 loss = trainer.fused_outputs(trainer.model, inputs, num_items).loss
         loss.backward()
     return loss.item()
-
-
-@contextmanager
-def _checkpointed_as_in_training(trainer: Any) -> Iterator[None]:
-    """Transformers turns its checkpointing on when training begins; 5.17 and 5.23 by different names."""
-    model, args = trainer.model, trainer.args
-    if not args.gradient_checkpointing or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        yield
-        return
-    kwargs = dict(args.gradient_checkpointing_kwargs or {})
-    which = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
-    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
-    attributes = vars(base_model(model))
-    before = {key: attributes[key] for key in _GRADIENT_HOOKS if key in attributes}
-    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": kwargs or None}, **which)
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_disable")()
-        for hook in attributes.get(_GRADIENT_HOOKS[0], []):
-            if hook not in before.get(_GRADIENT_HOOKS[0], []):
-                hook.remove()
-        for key in _GRADIENT_HOOKS:
-            attributes.pop(key, None)
-        attributes.update(before)
 
 
 def _num_items(batch: Mapping[str, Any]) -> int:

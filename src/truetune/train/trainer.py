@@ -24,14 +24,12 @@ from truetune.data.collate import remember_labels, renew_loss_rows, why_padded
 from truetune.models.adapters import adapters_in_fp32, base_model, cast_adapters_to_activations
 from truetune.models.attention import ATTENTION_NAME, attention_calls, use_varlen_attention, why_not_packable
 from truetune.models.fp8 import check_adapter_on_fp8
-from truetune.models.fuse import decoder_layers, fuse, unfuse
+from truetune.models.fuse import fuse, unfuse
 from truetune.models.head import bind_fused_loss
 from truetune.models.load import keep_4bit_layout
-from truetune.models.plan import fused_layers, set_activations
-from truetune.models.shapes import why_not_planned
 from truetune.proof.result import Proof
 from truetune.proof.supervision import Documents
-from truetune.train.activations import Activations, asked_policy
+from truetune.train.activations import Activations, plan_activations
 from truetune.train.batches import (
     batch_of_longest_rows,
     batch_of_rows,
@@ -63,7 +61,6 @@ FIRST_ROWS = 8
 AUDITED_ROWS = 1000  # by the quick preflight
 _ROWS_KEPT = "it holds no token, or its loader keeps rows (predictions, evaluation streams, loaders of your own)"
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")
-_CHECKPOINTS = "_truetune_checkpoints"  # the attribute of arguments whose checkpointing a plan has taken the place of
 
 
 class SFTTrainer(QuietTrainer):
@@ -105,7 +102,7 @@ class SFTTrainer(QuietTrainer):
         self._set_attention()
         self._set_adapters(trained_before)
         self._fuse_layers()
-        self._set_activations()
+        self.activations = plan_activations(self)
         bind_fused_loss(base_model(self.model))
         why = self._why_full_logits()
         in_effect = "stock TRL" if why else "fused linear cross-entropy"
@@ -171,41 +168,6 @@ class SFTTrainer(QuietTrainer):
         fusion = fuse(self.model)
         self.report.add("layers", "fused", fusion.in_effect, "; ".join(fusion.reasons))
 
-    def _set_activations(self) -> None:
-        """`activation_policy` decides where every layer is fused whole and nothing asks for TRL's own mechanisms."""
-        args, layers = self.args, fused_layers(self.model)
-        if vars(args).pop(_CHECKPOINTS, False):  # which another trainer with these arguments has turned off
-            self._set_checkpointing(True)
-        asked = policy = asked_policy(args)
-        checkpoints = args.gradient_checkpointing
-        own = ["gradient_checkpointing_kwargs"] if checkpoints and args.gradient_checkpointing_kwargs else []
-        own += ["activation_offloading"] if args.activation_offloading else []
-        whole = layers and len(layers) == len(decoder_layers(self.model))
-        unplanned = why_not_planned(self.model) if whole else "not every layer is fused"
-        why = unplanned or ""
-        if own or (checkpoints and unplanned and asked != "keep"):
-            if own:
-                why = f"TRL's own mechanism is asked for ({', '.join(own)})"
-            if asked != "auto" and "activation_policy" not in own_setting(args, "allow"):
-                mend = f"remove it or {' and '.join(own)}" if own else "use 'auto' or 'keep'"
-                raise TrainError(
-                    f"activation_policy={asked!r} cannot be had, because {why}: {mend}, or accept it with "
-                    "allow=['activation_policy']."
-                )
-            set_activations(layers, ["keep"] * len(layers))  # in place of an earlier trainer's plan
-            by = ["checkpointed by Transformers"] if checkpoints else []
-            by += ["offloaded by TRL"] if args.activation_offloading else []
-            self.report.add("activations", asked, ", ".join(by), why)
-            return
-        if not checkpoints:
-            policy, why = "keep", "gradient_checkpointing=False"
-        self._stop_checkpointing()
-        if layers and not unplanned:
-            self.activations = Activations(self, policy)
-        else:
-            set_activations(layers, ["keep"] * len(layers))
-        self.report.add("activations", asked, self.activations.in_words if self.activations else "keep", why)
-
     def token_budget(self) -> int:
         """The most tokens of a micro-batch on one device."""
         return self._most_tokens(self.train_dataset, self._train_batch_size)
@@ -264,21 +226,6 @@ class SFTTrainer(QuietTrainer):
             line.in_effect = self.activations.in_words
         if note and note not in line.why:
             line.why = "; ".join(filter(None, [line.why, note]))
-
-    def _stop_checkpointing(self) -> None:
-        """So that Transformers checkpoints no layer behind the policy's back; 5.17 and 5.23 read different names."""
-        vars(self.args)[_CHECKPOINTS] = bool(self.args.gradient_checkpointing)
-        self._set_checkpointing(False)
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False
-        # Checkpointing beside frozen embeddings needs them; without it they are a layer's gradient for nobody.
-        base_model(self.model).disable_input_require_grads()
-
-    def _set_checkpointing(self, wanted: bool) -> None:
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
-            if hasattr(self.args, name):
-                setattr(self.args, name, wanted)
 
     def _why_full_logits(self) -> str | None:
         if self.compute_loss_func is not None:
